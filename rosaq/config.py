@@ -1,0 +1,260 @@
+"""Plain values that every part of rosaq agrees on: what one linear stores, and how a recipe makes it.
+
+Nothing here computes. `LinearFormat` and `CheckpointConfig` describe what is on disk (design: "Names and tensors");
+`QuantSpec`, `SalientSpec`, `RotationSpec`, `CalibrationSpec` and `Recipe` describe how it is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "rosaq"
+SUPPORTED_BITS = (3, 4)
+
+SalientKind = Literal["index", "basis"]
+
+
+def check_bits(bits: int) -> None:
+    """Raise ValueError unless `bits` is a width that the packed layout exists for."""
+    if bits not in SUPPORTED_BITS:
+        raise ValueError(f"bits: got {bits}, need one of {SUPPORTED_BITS}")
+
+
+@dataclass(frozen=True)
+class LinearFormat:
+    """The tensors one quantised linear holds, without its sizes (those are `in_features`, `out_features`).
+
+    bits            3 or 4.
+    group_size      in-features that share one scale; -1 means all of them (one group per row).
+    symmetric       True: no `zeros` tensor, codes are stored offset by 2**(bits-1).
+    num_salient     r, the directions kept in 16 bits; 0 for none.
+    salient         "index": directions are channels of t, `salient_index` int32 [r];
+                    "basis": directions are columns of `salient_basis` float16 [k, r].
+    rotation_blocks B and rotation_size b of `rotation` float16 [B, b, b]; size 0 for no online rotation.
+                    B = k / b gives every block its own matrix, B = 1 shares one matrix between all k / b blocks.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+    num_salient: int = 0
+    salient: SalientKind = "index"
+    rotation_blocks: int = 0
+    rotation_size: int = 0
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        if self.group_size != -1 and (self.group_size < 32 or self.group_size % 32):
+            raise ValueError(f"group_size: got {self.group_size}, need a positive multiple of 32, or -1 for whole rows")
+        if self.num_salient < 0:
+            raise ValueError(f"num_salient: got {self.num_salient}, need 0 or more")
+        if self.salient not in ("index", "basis"):
+            raise ValueError(f"salient: got {self.salient!r}, need 'index' or 'basis'")
+        if (self.rotation_blocks == 0) != (self.rotation_size == 0):
+            raise ValueError(
+                f"rotation: got {self.rotation_blocks} blocks of size {self.rotation_size}, need both zero or neither"
+            )
+
+    def groups_of(self, in_features: int) -> int:
+        """Number of groups per row, k / group_size."""
+        return 1 if self.group_size == -1 else in_features // self.group_size
+
+    def group_size_of(self, in_features: int) -> int:
+        """The group size as a number of channels (k where `group_size` is -1)."""
+        return in_features if self.group_size == -1 else self.group_size
+
+    def check_sizes(self, in_features: int, out_features: int, name: str = "linear") -> None:
+        """Raise ValueError, naming `name` and the numbers, if a [out, in] linear cannot take this format."""
+        k, n = in_features, out_features
+        if k <= 0 or k % 32:
+            raise ValueError(f"{name}: in_features: got {k}, need a positive multiple of 32")
+        if n <= 0 or n % 8:
+            raise ValueError(f"{name}: out_features: got {n}, need a positive multiple of 8")
+        if k % self.group_size_of(k):
+            raise ValueError(f"{name}: group_size: got {self.group_size}, need a divisor of in_features {k}")
+        if self.num_salient > k // 4:
+            raise ValueError(f"{name}: salient: got {self.num_salient}, need at most in_features / 4 = {k // 4}")
+        if self.rotation_size:
+            b, blocks = self.rotation_size, self.rotation_blocks
+            if k % b or blocks not in (1, k // b):
+                raise ValueError(
+                    f"{name}: rotation: got {blocks} blocks of size {b}, "
+                    f"need a size that divides in_features {k} and 1 or in_features / size blocks"
+                )
+
+    def tensor_shapes(
+        self, in_features: int, out_features: int, *, bias: bool = False
+    ) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Every tensor of one linear as {name: (shape, dtype name)}, in the order of the format description."""
+        k, n, groups, r = in_features, out_features, self.groups_of(in_features), self.num_salient
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {
+            "qweight": ((n, k * self.bits // 32), "int32"),
+            "scales": ((n, groups), "float16"),
+        }
+        if not self.symmetric:
+            shapes["zeros"] = ((n, groups), "uint8")
+        if r:
+            shapes["salient_weight"] = ((n, r), "float16")
+            if self.salient == "index":
+                shapes["salient_index"] = ((r,), "int32")
+            else:
+                shapes["salient_basis"] = ((k, r), "float16")
+        if self.rotation_size:
+            shapes["rotation"] = ((self.rotation_blocks, self.rotation_size, self.rotation_size), "float16")
+        if bias:
+            shapes["bias"] = ((n,), "float16")
+        return shapes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, under the names of `quantization_config`."""
+        values = asdict(self)
+        values["sym"] = values.pop("symmetric")
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LinearFormat:
+        """Inverse of `to_dict`; an unknown key is an error (it may change what the tensors mean)."""
+        values = dict(values)
+        if "sym" in values:
+            values["symmetric"] = values.pop("sym")
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"quantization_config: unknown keys {unknown}, need {sorted(cls().to_dict())}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """`quantization_config` of config.json: the format of every quantised linear of a checkpoint.
+
+    `default` holds for all linears; `modules` overrides whole formats by module-name suffix, the longest matching
+    suffix wins ("mlp.down_proj" covers every layer, "model.layers.0.mlp.down_proj" one).
+    """
+
+    default: LinearFormat
+    modules: dict[str, LinearFormat] = field(default_factory=dict)
+    modules_to_not_convert: tuple[str, ...] = ("lm_head",)
+    recipe: str = ""
+    version: int = FORMAT_VERSION
+
+    def format_of(self, name: str) -> LinearFormat:
+        """The format of the linear called `name` (its dotted module path)."""
+        matches = [key for key in self.modules if name == key or name.endswith("." + key)]
+        return self.modules[max(matches, key=len)] if matches else self.default
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form written into config.json."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "version": self.version,
+            **self.default.to_dict(),
+            "recipe": self.recipe,
+            "modules_to_not_convert": list(self.modules_to_not_convert),
+            "modules": {name: fmt.to_dict() for name, fmt in sorted(self.modules.items())},
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CheckpointConfig:
+        """Read the JSON form; ValueError for another method or a newer version, naming what was found."""
+        values = dict(values)
+        method, version = values.pop("quant_method", None), values.pop("version", None)
+        if method != QUANT_METHOD:
+            raise ValueError(f"quantization_config.quant_method: got {method!r}, need {QUANT_METHOD!r}")
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise ValueError(
+                f"quantization_config.version: got {version!r}, this rosaq reads 1 to {FORMAT_VERSION}; "
+                "a newer checkpoint needs a newer rosaq (pip install -U rosaq)"
+            )
+        modules = {name: LinearFormat.from_dict(fmt) for name, fmt in values.pop("modules", {}).items()}
+        skip = tuple(values.pop("modules_to_not_convert", ()))
+        recipe = values.pop("recipe", "")
+        return cls(LinearFormat.from_dict(values), modules, skip, recipe, version)
+
+
+# --- how a checkpoint is made -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one weight matrix becomes codes.
+
+    method      "rtn" (round to nearest) or "gptq" (error feedback on the second moments of the inputs).
+    damping     added to the diagonal of the second moments, as a share of the mean of its non-salient part.
+    clip        search a smaller range per group for the least weighted squared error (False: use min and max).
+    """
+
+    bits: int = 3
+    group_size: int = 64
+    symmetric: bool = False
+    method: Literal["rtn", "gptq"] = "gptq"
+    damping: float = 0.01
+    clip: bool = True
+
+    def __post_init__(self) -> None:
+        LinearFormat(self.bits, self.group_size, self.symmetric)
+        if self.method not in ("rtn", "gptq"):
+            raise ValueError(f"method: got {self.method!r}, need 'rtn' or 'gptq'")
+        if not 0 <= self.damping < 1:
+            raise ValueError(f"damping: got {self.damping}, need 0 <= damping < 1")
+
+
+@dataclass(frozen=True)
+class SalientSpec:
+    """Which directions stay in 16 bits.
+
+    count   directions per site that reads the residual stream.
+    by      "eigenvalue": principal directions of the calibration inputs (ROSAQ; needs the PCA rotation);
+            "energy": the input channels with the largest second moment (baseline; no rotation needed).
+    """
+
+    count: int = 0
+    by: Literal["eigenvalue", "energy"] = "eigenvalue"
+
+
+@dataclass(frozen=True)
+class RotationSpec:
+    """Which rotations are applied, and where.
+
+    residual    folded into the weights: "none", "random" (randomised Hadamard or Haar), "pca" (principal axes in
+                order of eigenvalue), "pca-random" (salient principal axes first, random basis of the rest).
+    values      per key-value head, folded into v_proj and o_proj: "none", "random", "pca".
+    mlp_out     online at down_proj's input: "none", "hadamard" (shared block).
+    """
+
+    residual: Literal["none", "random", "pca", "pca-random"] = "none"
+    values: Literal["none", "random", "pca"] = "none"
+    mlp_out: Literal["none", "hadamard"] = "none"
+
+    @property
+    def is_identity(self) -> bool:
+        return self == RotationSpec()
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """How much text the second moments are measured on, and which windows (seed)."""
+
+    num_sequences: int = 64
+    sequence_length: int = 512
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_sequences", "sequence_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, need at least 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named way from a dense model to a quantised one."""
+
+    name: str
+    quant: QuantSpec
+    rotation: RotationSpec
+    salient: SalientSpec
+
+    def with_(self, **changes: Any) -> Recipe:
+        return replace(self, **changes)
