@@ -1,0 +1,281 @@
+"""Checkpoint directories: config.json and safetensors shards, read lazily by name and written shard by shard.
+
+A model need not fit into memory: `WeightReader.get` maps one tensor, `write_shards` holds one shard. Files that are
+damaged, missing or outside the directory are refused with the file's name and the bytes got and needed. Nothing is
+ever unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rosaq.config import CheckpointConfig
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DEFAULT_SHARD_BYTES = 2 * 1024**3
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+DTYPE_OF_TAG = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError naming the file if it is not UTF-8 JSON or not an object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: got {error}, need UTF-8 JSON") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got a JSON {type(values).__name__}, need an object")
+    return values
+
+
+def read_config(directory: str | Path) -> CheckpointConfig:
+    """`quantization_config` of the checkpoint in `directory`; ValueError if it is not a rosaq checkpoint."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: got no such file, need a model directory with config.json")
+    values = read_json(path).get("quantization_config")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got no quantization_config, need a checkpoint written by rosaq")
+    return CheckpointConfig.from_dict(values)
+
+
+class WeightReader:
+    """Lazy access to every tensor of a model directory, by name, through the shard index or the single file.
+
+    Opening it reads the headers only, and refuses: no safetensors weights, a shard that is missing, truncated or
+    outside the directory, and an index that names a tensor its shard does not have.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise FileNotFoundError(f"{self.directory}: got no such directory, need a model directory")
+        self._files: dict[str, Path] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
+        index = self.directory / INDEX_FILE
+        if index.is_file():
+            self._open_index(index)
+        elif (self.directory / SINGLE_FILE).is_file():
+            self._add_file(self.directory / SINGLE_FILE)
+        else:
+            raise FileNotFoundError(self._no_weights())
+
+    def _no_weights(self) -> str:
+        pickles = sorted(p.name for p in self.directory.iterdir() if p.suffix in PICKLE_SUFFIXES)
+        got = f"only pickled weights ({', '.join(pickles)}), which rosaq never opens" if pickles else "no weights"
+        return f"{self.directory}: got {got}, need {SINGLE_FILE} or {INDEX_FILE}"
+
+    def _open_index(self, index: Path) -> None:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: got no weight_map, need {{tensor name: file name}}")
+        for file_name in sorted(set(weight_map.values())):
+            # A checkpoint is often a download: a name with a path in it could read any file of the machine.
+            if Path(file_name).name != file_name or file_name in ("", ".", ".."):
+                raise ValueError(f"{index}: got file {file_name!r}, need a plain file name inside {self.directory}")
+            path = self.directory / file_name
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: got no such file, needed by {index.name}")
+            self._add_file(path)
+        for name, file_name in weight_map.items():
+            if name not in self._files or self._files[name].name != file_name:
+                raise ValueError(f"{self.directory / file_name}: got no tensor {name!r}, needed by {index.name}")
+
+    def _add_file(self, path: Path) -> None:
+        for name, entry in read_header(path).items():
+            if name in self._files:
+                raise ValueError(f"{path}: got tensor {name!r} that {self._files[name].name} has too, need one of them")
+            self._files[name], self._entries[name] = path, entry
+
+    def names(self) -> list[str]:
+        """Every tensor's name, sorted."""
+        return sorted(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of tensor `name`, without reading it."""
+        return tuple(self._entry(name)["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of tensor `name`, without reading it."""
+        return DTYPE_OF_TAG[self._entry(name)["dtype"]]
+
+    def nbytes(self, name: str) -> int:
+        """The bytes tensor `name` takes on disk."""
+        start, stop = self._entry(name)["data_offsets"]
+        return int(stop - start)
+
+    def get(self, name: str) -> Tensor:
+        """Tensor `name` on the CPU, in the dtype on disk; KeyError naming it if the checkpoint has none."""
+        self._entry(name)
+        path = self._files[name]
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: got {error} reading {name!r}, need the file that was opened") from error
+        return tensor
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        if name not in self._entries:
+            raise KeyError(f"{self.directory}: got no tensor {name!r} among {len(self._entries)}")
+        return self._entries[name]
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """{tensor name: {dtype, shape, data_offsets}} of a safetensors file, checked against the file's size.
+
+    ValueError names the file and the bytes got and needed when it is cut short or not safetensors at all.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > size - 8:
+            raise ValueError(f"{path}: got {size} bytes, need {8 + length} for the safetensors header (truncated?)")
+        text = file.read(length)
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
+        for name, entry in entries.items():
+            _check_entry(path, name, entry)
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path}: got a damaged header ({error!r}), need safetensors") from error
+    needed = 8 + length + max(ends, default=0)
+    if size != needed:
+        raise ValueError(f"{path}: got {size} bytes, need {needed} by its header (truncated or damaged)")
+    return dict(entries)
+
+
+def _check_entry(path: Path, name: str, entry: dict[str, Any]) -> None:
+    dtype = DTYPE_OF_TAG.get(entry["dtype"])
+    if dtype is None:
+        raise ValueError(f"{path}: {name}: got dtype {entry['dtype']}, need one of {', '.join(DTYPE_OF_TAG)}")
+    start, stop = entry["data_offsets"]
+    needed = math.prod(entry["shape"]) * dtype.itemsize
+    if stop - start != needed:
+        raise ValueError(f"{path}: {name}: got {stop - start} bytes, need {needed} for shape {entry['shape']}")
+
+
+def bits_per_weight(directory: str | Path) -> float:
+    """Bits stored per weight of the quantised linears: every tensor of theirs but the bias, over the sum of n * k."""
+    config, reader = read_config(directory), WeightReader(directory)
+    stored_bits, num_weights = 0, 0
+    for name in reader.names():
+        if not name.endswith(".qweight"):
+            continue
+        module = name.removesuffix(".qweight")
+        fmt = config.format_of(module)
+        n, num_words = reader.shape(name)
+        k = num_words * 32 // fmt.bits
+        stored = [f"{module}.{tensor}" for tensor in fmt.tensor_shapes(k, n)]
+        stored_bits += 8 * sum(reader.nbytes(tensor) for tensor in stored)
+        num_weights += n * k
+    if not num_weights:
+        raise ValueError(f"{directory}: got no quantised linear, need tensors named *.qweight")
+    return stored_bits / num_weights
+
+
+def total_bytes(directory: str | Path) -> int:
+    """Bytes of every tensor of the checkpoint, quantised or not (embeddings and norms included)."""
+    reader = WeightReader(directory)
+    return sum(reader.nbytes(name) for name in reader.names())
+
+
+def write_shards(
+    directory: str | Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> list[Path]:
+    """Write (name, tensor) pairs as they come; at most one shard of `max_shard_bytes` is held in memory.
+
+    Gives model.safetensors, or model-00001-of-0000N.safetensors with their index, which is written last: until then
+    nothing has a final name, so an interrupted run leaves no checkpoint that looks complete. Returns the files.
+    OSError (ENOSPC) tells the bytes got and needed when the disk is full.
+    """
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes: got {max_shard_bytes}, need at least 1")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    shards: list[tuple[Path, list[str]]] = []
+    pending: dict[str, Tensor] = {}
+    total, pending_bytes, seen = 0, 0, set[str]()
+    try:
+        for name, tensor in tensors:
+            if name in seen:
+                raise ValueError(f"tensors: got {name!r} twice, need every name once")
+            seen.add(name)
+            if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
+                shards.append(_write_partial(directory, len(shards), pending))
+                pending, pending_bytes = {}, 0
+            pending[name] = tensor.detach().cpu().contiguous()
+            pending_bytes += tensor.nbytes
+            total += tensor.nbytes
+        if not seen:
+            raise ValueError("tensors: got none, need at least one")
+        shards.append(_write_partial(directory, len(shards), pending))
+    except BaseException:
+        for path in directory.glob("model-*.partial"):
+            path.unlink()
+        raise
+    return _name_shards(directory, shards, total)
+
+
+def _write_partial(directory: Path, number: int, tensors: dict[str, Tensor]) -> tuple[Path, list[str]]:
+    path = directory / f"model-{number + 1:05d}.partial"
+    needed, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(directory).free
+    full = f"{directory}: disk full: got {free} bytes free, need {needed} for shard {number + 1}"
+    if free < needed:
+        raise OSError(errno.ENOSPC, full)
+    try:
+        # clone() where one storage is named twice (tied weights): the format has no aliases.
+        first_name = {t.data_ptr(): name for name, t in reversed(tensors.items())}
+        owned = {name: t if first_name[t.data_ptr()] == name else t.clone() for name, t in tensors.items()}
+        save_file(owned, path, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, full) from error
+        raise
+    return path, list(tensors)
+
+
+def _name_shards(directory: Path, shards: list[tuple[Path, list[str]]], total: int) -> list[Path]:
+    for stale in [*directory.glob("model*.safetensors"), directory / INDEX_FILE]:
+        stale.unlink(missing_ok=True)
+    if len(shards) == 1:
+        return [shards[0][0].rename(directory / SINGLE_FILE)]
+    weight_map: dict[str, str] = {}
+    files = []
+    for number, (path, names) in enumerate(shards, 1):
+        files.append(path.rename(directory / f"model-{number:05d}-of-{len(shards):05d}.safetensors"))
+        weight_map |= dict.fromkeys(names, files[-1].name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    partial = directory / (INDEX_FILE + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(directory / INDEX_FILE)
+    return files
