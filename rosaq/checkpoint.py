@@ -256,6 +256,7 @@ def _write_partial(directory: Path, number: int, tensors: dict[str, Tensor]) -> 
         first_name = {t.data_ptr(): name for name, t in reversed(tensors.items())}
         owned = {name: t if first_name[t.data_ptr()] == name else t.clone() for name, t in tensors.items()}
         save_file(owned, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors leaves 0600, unreadable for a server that runs as another user
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
             raise OSError(errno.ENOSPC, full) from error
