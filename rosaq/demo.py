@@ -1,4 +1,4 @@
-"""The quickstart: a real 135M model, quantised two ways, reloaded, measured and asked to talk. `python -m rosaq.demo`."""
+"""The quickstart, `python -m rosaq.demo`: a real 135M model quantised two ways, reloaded, measured, asked to talk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,12 +52,12 @@ def _convert_gguf(gguf: Path, output: Path) -> None:
 
     # dtype float32: dequantised values are exact there, and rounding to float16 happens once, below.
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = loaded.config
+    config: Any = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # A fresh model: the loaded one is marked as quantised and refuses half().
     model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
     del loaded
-    model.half().save_pretrained(output)
+    model.to(torch.float16).save_pretrained(output)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(output)
