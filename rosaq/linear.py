@@ -1,0 +1,303 @@
+"""RosaqLinear: a drop-in for `nn.Linear` whose weight is INT3/INT4 plus a few 16-bit directions.
+
+Two states, one copy in memory. *Loaded*: the tensors of the disk layout are plain Parameters. *Packed*: `qweight`,
+`scales` and `zeros` are released and only their backend's order `packed` (1-D uint8) is held; `state_dict`, `.to()`
+another device, `copy.deepcopy` and pickling rebuild the disk layout, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rosaq import ops
+from rosaq.config import LinearFormat, QuantSpec
+from rosaq.layout import unpack
+
+PACKED_NAMES = ("qweight", "scales", "zeros")
+
+
+class RosaqLinear(nn.Module):
+    """y [.., n] = t · Ŵᵀ + s · Cᵀ + bias with t = x [.., k] · blockdiag(rotation), s the salient part of t.
+
+    `in_features` k and `out_features` n are the full widths, also on a shard that holds a part of them. Nothing is
+    trainable. Storage dtypes are those of the disk layout and stay so under `.half()`, `.bfloat16()`, `.float()`; the
+    activations decide the dtype of the result.
+    """
+
+    packed: Tensor | None
+    scales: nn.Parameter | None
+    qweight: nn.Parameter | None
+    zeros: nn.Parameter | None
+    salient_weight: nn.Parameter | None
+    salient_index: nn.Parameter | None
+    salient_basis: nn.Parameter | None
+    rotation: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        format: LinearFormat,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        format.check_sizes(in_features, out_features, type(self).__name__)
+        self.in_features, self.out_features, self.format = in_features, out_features, format
+        self.tensor_shapes = format.tensor_shapes(in_features, out_features, bias=bias)
+        for name in (*PACKED_NAMES, "salient_weight", "salient_index", "salient_basis", "rotation", "bias"):
+            self.register_parameter(name, None)
+        for name, (shape, dtype) in self.tensor_shapes.items():
+            # Floats start as NaN, so that a tensor which was never loaded is found by `check`, not by its users.
+            value = torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
+            if value.is_floating_point() and value.device.type != "meta":
+                value.fill_(torch.nan)
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        self.register_buffer("packed", None, persistent=False)
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], format: LinearFormat, *, name: str = "linear") -> RosaqLinear:
+        """The packed module made of one linear's disk-layout tensors; ValueError, with `name`, as `check` tells."""
+        if "qweight" not in tensors:
+            raise ValueError(f"{name}.qweight: got no such tensor among {sorted(tensors)}, need it")
+        out_features, num_words = tensors["qweight"].shape
+        in_features = num_words * 32 // format.bits
+        linear = cls(in_features, out_features, format, bias="bias" in tensors, device="meta")
+        unknown = sorted(set(tensors) - set(linear.tensor_shapes))
+        if unknown:
+            raise ValueError(f"{name}: got tensors {unknown}, need only {list(linear.tensor_shapes)}")
+        for key, tensor in tensors.items():
+            linear.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
+        linear.check(name)
+        linear.pack()
+        return linear
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        gram: Tensor | None = None,
+        spec: QuantSpec | None = None,
+        *,
+        salient_index: Tensor | None = None,
+    ) -> RosaqLinear:
+        """Quantise a dense layer.
+
+        gram           second moments of its inputs, Xᵀ X float64 [k, k]; None only with `spec.method == "rtn"`.
+        spec           bits, group size and method; `QuantSpec()` where None.
+        salient_index  int64 [r], input channels that stay in 16 bits.
+        """
+        # The one way from run time to the offline half, imported when used: serving must not load it.
+        from rosaq.quantizers import quantize_weight
+
+        spec = spec if spec is not None else QuantSpec()
+        tensors = quantize_weight(linear.weight.detach(), gram, spec, salient_index)
+        if linear.bias is not None:
+            tensors["bias"] = linear.bias.detach().to(torch.float16)
+        num_salient = 0 if salient_index is None else len(salient_index)
+        fmt = LinearFormat(spec.bits, spec.group_size, spec.symmetric, num_salient)
+        return cls.from_tensors({name: tensor.to(linear.weight.device) for name, tensor in tensors.items()}, fmt)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., k] float16, bfloat16 or float32 -> y [.., n] of the same dtype."""
+        packed = self.packed
+        if packed is None:
+            self.check(type(self).__name__)
+            if self.is_offloaded:
+                # The hook takes the Parameters away after this call and needs them to be there.
+                packed = self._packed_tensor()
+            else:
+                self.pack()
+                packed = cast(Tensor, self.packed)
+        fmt = self.format
+        y: Tensor = ops.fused_gemm(
+            x,
+            packed,
+            salient_weight=self.salient_weight,
+            salient_index=self.salient_index,
+            salient_basis=self.salient_basis,
+            rotation=self.rotation,
+            bias=self.bias,
+            out_features=self.out_features,
+            bits=fmt.bits,
+            group_size=fmt.group_size_of(self.in_features),
+            symmetric=fmt.symmetric,
+        )
+        return y
+
+    # --- the two states -------------------------------------------------------------------------------------------
+
+    def pack(self) -> None:
+        """Loaded -> packed; nothing where it is packed already, or where tensors are on the meta device or away."""
+        if self.packed is not None or self.is_offloaded:
+            return
+        if any(tensor.device.type == "meta" for tensor in self._parameters.values() if tensor is not None):
+            return
+        self.packed = self._packed_tensor()
+        for name in PACKED_NAMES:
+            self._parameters[name] = None
+
+    def unpack(self) -> None:
+        """Packed -> loaded, bit-exact; nothing where it is loaded already."""
+        if self.packed is None:
+            return
+        for name, tensor in self._disk_tensors().items():
+            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        self.packed = None
+
+    def _packed_tensor(self) -> Tensor:
+        qweight, scales = cast(Tensor, self.qweight), cast(Tensor, self.scales)
+        packed: Tensor = ops.prepack(qweight, scales, self.zeros, self.format.bits)
+        return packed
+
+    def _disk_tensors(self) -> dict[str, Tensor]:
+        """qweight, scales and zeros of the disk layout, whichever state the module is in."""
+        if self.packed is None:
+            values: Any = (self.qweight, self.scales, self.zeros)
+        else:
+            values = ops.unprepack(self.packed)
+        return {
+            name: tensor
+            for name, tensor in zip(PACKED_NAMES, values, strict=True)
+            if tensor is not None and name in self.tensor_shapes
+        }
+
+    @property
+    def is_offloaded(self) -> bool:
+        """True where accelerate moves this module's Parameters in and out around every call."""
+        hook = getattr(self, "_hf_hook", None)
+        return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook]))
+
+    # --- what nn.Module does with Parameters ------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.packed is None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        rebuilt = self._disk_tensors()
+        for name in self.tensor_shapes:
+            tensor = rebuilt[name] if name in rebuilt else cast(Tensor, self._parameters[name])
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self.unpack()
+        before = len(missing_keys) + len(error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if len(missing_keys) + len(error_msgs) == before:
+            self.check(prefix.rstrip(".") or type(self).__name__)
+            self.pack()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RosaqLinear:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            # Through the original: float16 -> bfloat16 -> float16 would lose bits.
+            return result if result.dtype == tensor.dtype else tensor.to(device=result.device)
+
+        if self.packed is None or fn(self.packed[:0]).device == self.packed.device:
+            super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        else:
+            # Every backend has its own order, so the disk layout travels.
+            self.unpack()
+            super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+            self.pack()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The loaded state: what is pickled here may be read where another backend is active."""
+        state = self.__dict__.copy()
+        if self.packed is not None:
+            rebuilt = {name: nn.Parameter(t, requires_grad=False) for name, t in self._disk_tensors().items()}
+            state["_parameters"] = {**self._parameters, **rebuilt}
+            state["_buffers"] = {**self._buffers, "packed": None}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.pack()
+
+    # --- looking at it ----------------------------------------------------------------------------------------------
+
+    def check(self, name: str) -> None:
+        """ValueError naming `name`, the tensor, what it is and what is needed, unless every tensor is sound.
+
+        Checks presence, shape, dtype, NaN and Inf, and that `salient_index` holds different channels of [0, k).
+        """
+        for key, (shape, dtype) in self.tensor_shapes.items():
+            if self.packed is not None and key in PACKED_NAMES:
+                continue
+            tensor = self._parameters[key]
+            if tensor is None or tensor.device.type == "meta":
+                raise ValueError(f"{name}.{key}: got no values, need {dtype} {list(shape)}; is the checkpoint whole?")
+            if tuple(tensor.shape) != shape or tensor.dtype != getattr(torch, dtype):
+                got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+                raise ValueError(f"{name}.{key}: got {got}, need {dtype} {list(shape)}")
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                num_bad = int((~torch.isfinite(tensor)).sum())
+                raise ValueError(f"{name}.{key}: got {num_bad} NaN or Inf of {tensor.numel()}, need finite numbers")
+        index = self.salient_index
+        if index is not None:
+            low, high, num = int(index.min()), int(index.max()), len(set(index.tolist()))
+            if low < 0 or high >= self.in_features or num != len(index):
+                raise ValueError(
+                    f"{name}.salient_index: got {num} different channels from {low} to {high}, "
+                    f"need {len(index)} in [0, {self.in_features})"
+                )
+
+    @torch.no_grad()
+    def dequantize(self) -> Tensor:
+        """The dense weight float32 [n, k] that gives y = x · weightᵀ + bias: salient and rotation included."""
+        fmt, k, disk = self.format, self.in_features, self._disk_tensors()
+        codes: Tensor = unpack(disk["qweight"], fmt.bits).float().unflatten(1, (-1, fmt.group_size_of(k)))
+        zeros = disk["zeros"].float().unsqueeze(-1) if "zeros" in disk else 2.0 ** (fmt.bits - 1)
+        weight: Tensor = ((codes - zeros) * disk["scales"].float().unsqueeze(-1)).flatten(1)
+        if self.salient_weight is not None:
+            salient_weight = self.salient_weight.float()
+            if self.salient_index is not None:
+                weight.index_add_(1, self.salient_index.long(), salient_weight)
+            else:
+                weight += salient_weight @ cast(Tensor, self.salient_basis).float().T
+        if self.rotation is not None:
+            blocks = weight.unflatten(1, (-1, fmt.rotation_size))
+            weight = torch.einsum("nbj,bij->nbi", blocks, self.rotation.float().expand(blocks.shape[1], -1, -1))
+            weight = weight.flatten(1)
+        return weight
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored per weight: every tensor but the bias, over n * k."""
+        num_bytes: int = sum(
+            math.prod(shape) * getattr(torch, dtype).itemsize
+            for name, (shape, dtype) in self.tensor_shapes.items()
+            if name != "bias"
+        )
+        return 8 * num_bytes / (self.in_features * self.out_features)
+
+    def extra_repr(self) -> str:
+        fmt = self.format
+        parts = [
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={fmt.bits}",
+            f"group_size={fmt.group_size}, symmetric={fmt.symmetric}, salient={fmt.num_salient}",
+        ]
+        if fmt.num_salient:
+            parts[-1] += f" ({fmt.salient})"
+        if fmt.rotation_size:
+            parts.append(f"rotation={fmt.rotation_blocks}x{fmt.rotation_size}")
+        return ", ".join([*parts, f"bias={'bias' in self.tensor_shapes}"])
