@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+from rosaq.checkpoint import write_shards
+from rosaq.config import CheckpointConfig, LinearFormat
+from rosaq.layout import pack
 
 VOCAB_SIZE = 264
 
@@ -62,3 +69,55 @@ def save_dense(directory: Path, model: torch.nn.Module | None = None) -> Path:
     (model or tiny_llama()).half().save_pretrained(directory)
     byte_level_tokenizer().save_pretrained(directory)
     return directory
+
+
+def random_linear(fmt: LinearFormat, n: int, k: int, seed: int) -> dict[str, torch.Tensor]:
+    """Disk-layout tensors of a random [n, k] linear whose effective weight has the size of a trained one."""
+    generator = torch.Generator().manual_seed(seed)
+    groups, r, mid = fmt.groups_of(k), fmt.num_salient, 2 ** (fmt.bits - 1)
+    codes = torch.randint(0, 2**fmt.bits, (n, k), generator=generator, dtype=torch.uint8)
+    index = torch.randperm(k, generator=generator)[:r]
+    codes[:, index] = mid
+    tensors = {
+        "qweight": pack(codes, fmt.bits),
+        "scales": ((0.5 + torch.rand(n, groups, generator=generator)) / mid / k**0.5).half(),
+        "zeros": torch.full((n, groups), mid, dtype=torch.uint8),
+        "salient_weight": (torch.randn(n, r, generator=generator) / k**0.5).half(),
+        "salient_index": index.to(torch.int32),
+        "salient_basis": torch.linalg.qr(torch.randn(k, max(r, 1), generator=generator))[0].half(),
+    }
+    if fmt.rotation_size:
+        blocks = torch.randn(fmt.rotation_blocks, fmt.rotation_size, fmt.rotation_size, generator=generator)
+        tensors["rotation"] = torch.linalg.qr(blocks)[0].half()
+    return {name: tensors[name] for name in fmt.tensor_shapes(k, n)}
+
+
+def save_rosaq(
+    directory: Path,
+    model: torch.nn.Module | None = None,
+    *,
+    default: LinearFormat,
+    modules: dict[str, LinearFormat] | None = None,
+) -> Path:
+    """A rosaq checkpoint with random codes in place of `model`'s linears (a tiny Llama where None)."""
+    model = model or tiny_llama()
+    config = CheckpointConfig(default, modules or {}, recipe="random")
+    tensors = {name: t.half() for name, t in model.state_dict().items()}
+    for seed, (name, module) in enumerate(model.named_modules()):
+        if type(module) is not torch.nn.Linear or name == "lm_head":
+            continue
+        n, k = tensors.pop(f"{name}.weight").shape
+        made = random_linear(config.format_of(name), n, k, seed)
+        tensors |= {f"{name}.{key}": tensor for key, tensor in made.items()}
+    write_shards(directory, sorted(tensors.items()))
+    values = model.config.to_dict() | {"dtype": "float16", "quantization_config": config.to_dict()}
+    (directory / "config.json").write_text(json.dumps(values, default=str))
+    byte_level_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def vandalise(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Apply `change` to the checkpoint's dictionary of tensors, on disk."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

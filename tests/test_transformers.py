@@ -1,0 +1,228 @@
+"""transformers: load, run, generate and save rosaq checkpoints; refuse the ones it would only warn about."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+import rosaq.integrations.autoload as autoload
+from rosaq.config import LinearFormat
+from rosaq.integrations.transformers import RosaqConfig, RosaqHfQuantizer
+from rosaq.linear import PACKED_NAMES, RosaqLinear
+from tests.models import save_rosaq, tiny_llama, tiny_mistral, vandalise
+
+FORMATS = {
+    "int3-salient": {"default": LinearFormat(3, 32, num_salient=4)},
+    "int4-symmetric": {"default": LinearFormat(4, 64, symmetric=True)},
+    "mixed": {
+        "default": LinearFormat(3, 32),
+        "modules": {"mlp.down_proj": LinearFormat(4, 32, rotation_blocks=1, rotation_size=32)},
+    },
+}
+INPUT_IDS = torch.arange(24).view(2, 12)
+
+
+@pytest.fixture(params=FORMATS, name="checkpoint")
+def _checkpoint(request, tmp_path):
+    return save_rosaq(tmp_path / "model", **FORMATS[request.param])
+
+
+@pytest.fixture(name="salient_checkpoint")
+def _salient_checkpoint(tmp_path):
+    return save_rosaq(tmp_path / "model", **FORMATS["int3-salient"])
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model(INPUT_IDS).logits
+
+
+def dense_twin(model):
+    """The same weights as ordinary linears of float64, to judge by."""
+    return model.dequantize(torch.float64).double()
+
+
+def test_loaded_model_computes_what_its_dense_twin_computes(checkpoint):
+    logits = logits_of(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32))
+    twin = dense_twin(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32))
+    assert not any(isinstance(module, RosaqLinear) for module in twin.modules())
+    assert_close_to_twin(logits, logits_of(twin))
+
+
+def assert_close_to_twin(logits, want):
+    worst = ((logits.double() - want).norm() / want.norm()).item()
+    assert worst < 2**-12, f"relative error {worst:.2e}"
+
+
+def test_linears_are_swapped_packed_and_the_head_is_not(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    layers = [module for module in model.modules() if isinstance(module, RosaqLinear)]
+    assert len(layers) == 14
+    assert all(layer.packed is not None and layer.qweight is None for layer in layers)
+    assert type(model.lm_head) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_resave_is_bit_exact_in_any_dtype(checkpoint, tmp_path, dtype):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    assert logits_of(model).dtype == dtype
+    model.save_pretrained(tmp_path / "again")
+    before = load_file(checkpoint / "model.safetensors")
+    after = load_file(tmp_path / "again" / "model.safetensors")
+    assert set(before) == set(after)
+    for name, tensor in before.items():
+        if ".self_attn." in name or ".mlp." in name:
+            assert after[name].dtype == tensor.dtype, name
+            assert torch.equal(after[name], tensor), name
+    config = [json.loads((d / "config.json").read_text()) for d in (checkpoint, tmp_path / "again")]
+    assert config[0]["quantization_config"] == config[1]["quantization_config"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=dtype)
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_generate_with_cache_equals_generate_without(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    kwargs = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with_cache = model.generate(INPUT_IDS, use_cache=True, **kwargs)
+    assert with_cache.shape == (2, 20)
+    assert torch.equal(with_cache, model.generate(INPUT_IDS, use_cache=False, **kwargs))
+
+
+def test_base_model_and_other_families_load(tmp_path):
+    AutoModel.from_pretrained(save_rosaq(tmp_path / "llama", **FORMATS["mixed"]))
+    mistral = save_rosaq(tmp_path / "mistral", tiny_mistral(), **FORMATS["mixed"])
+    assert isinstance(AutoModelForCausalLM.from_pretrained(mistral).model.layers[0].mlp.up_proj, RosaqLinear)
+
+
+@torch.no_grad()
+def test_compiles_whole(salient_checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(salient_checkpoint, dtype=torch.float32)
+    layer = torch.compile(model.model.layers[0].mlp, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 64)
+    assert torch.equal(layer(x), model.model.layers[0].mlp(x))
+
+
+def test_disk_offload_computes_the_same(salient_checkpoint, tmp_path):
+    whole = AutoModelForCausalLM.from_pretrained(salient_checkpoint, dtype=torch.float32)
+    places = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"], "cpu")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        salient_checkpoint,
+        dtype=torch.float32,
+        device_map={**places, "model.layers.1": "disk"},
+        offload_folder=tmp_path / "offload",
+    )
+    for _ in range(2):
+        assert torch.equal(logits_of(offloaded), logits_of(whole))
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+Q_PROJ = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("tensor", [*PACKED_NAMES, "salient_weight", "salient_index"])
+def test_missing_tensor_is_an_error_that_names_the_module(salient_checkpoint, tensor):
+    vandalise(salient_checkpoint, lambda tensors: tensors.pop(f"{Q_PROJ}.{tensor}"))
+    with pytest.raises(ValueError, match=f"{Q_PROJ}.{tensor}: got no such tensor"):
+        AutoModelForCausalLM.from_pretrained(salient_checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "error"),
+    [
+        ("scales", lambda t: t.fill_(torch.nan), f"{Q_PROJ}.scales: got 128 NaN or Inf"),
+        ("salient_index", lambda t: t.fill_(64), f"{Q_PROJ}.salient_index"),
+        ("qweight", lambda t: t.to(torch.int64), f"{Q_PROJ}.qweight: got int64"),
+    ],
+)
+def test_unsound_tensor_is_an_error_that_names_the_module(salient_checkpoint, tensor, change, error):
+    name = f"{Q_PROJ}.{tensor}"
+    vandalise(salient_checkpoint, lambda tensors: tensors.update({name: change(tensors[name])}))
+    with pytest.raises(ValueError, match=error):
+        AutoModelForCausalLM.from_pretrained(salient_checkpoint)
+
+
+def test_wrong_shape_is_an_error(salient_checkpoint):
+    name = f"{Q_PROJ}.scales"
+    vandalise(salient_checkpoint, lambda tensors: tensors.update({name: tensors[name][:, :1].contiguous()}))
+    with pytest.raises((RuntimeError, ValueError), match="size|shape"):
+        AutoModelForCausalLM.from_pretrained(salient_checkpoint)
+
+
+def test_truncated_checkpoint_is_an_error(salient_checkpoint):
+    path = salient_checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Exception, match=r"(?i)incomplete|truncated|invalid|cover"):
+        AutoModelForCausalLM.from_pretrained(salient_checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"version": 2}, "version: got 2"), ({"bits": 5}, "bits: got 5"), ({"colour": 1}, "unknown keys")],
+)
+def test_foreign_config_is_an_error(salient_checkpoint, changes, message):
+    path = salient_checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= changes
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(salient_checkpoint)
+
+
+def test_dense_checkpoint_is_not_quantised_on_the_fly(tmp_path, salient_checkpoint):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    values = json.loads((salient_checkpoint / "config.json").read_text())["quantization_config"]
+    with pytest.raises(ValueError, match="got a dense checkpoint, need one that rosaq has quantised"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=RosaqConfig(**values))
+
+
+def test_experts_that_stay_dense_are_told(salient_checkpoint):
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    values = json.loads((salient_checkpoint / "config.json").read_text())["quantization_config"]
+    with pytest.warns(UserWarning, match="expert tensors .* stay in 16 bits"):
+        RosaqHfQuantizer(RosaqConfig(**values))._process_model_before_weight_loading(model)
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+def test_registering_again_is_harmless():
+    autoload.register()
+    autoload.register()
+    assert AUTO_QUANTIZER_MAPPING["rosaq"] is RosaqHfQuantizer
+
+
+ORDERS = {
+    "rosaq first": "import rosaq; import transformers",
+    "transformers first": "import transformers; transformers.AutoModelForCausalLM; import rosaq",
+    "rosaq twice": "import rosaq, importlib; importlib.reload(rosaq); import transformers",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_any_import_order_registers_once(order):
+    code = f"""{ORDERS[order]}
+import sys
+assert 'rosaq.pipeline' not in sys.modules
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as mapping
+assert mapping['rosaq'].__name__ == 'RosaqHfQuantizer', mapping
+import transformers.quantizers.auto as auto
+assert 'autoload' not in type(auto.__loader__).__module__, auto.__loader__
+assert not any('rosaq' in type(finder).__module__ for finder in sys.meta_path)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_import_rosaq_is_light():
+    code = "import rosaq, sys; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert not {"transformers", "tokenizers", "typer", "rich", "safetensors"} & set(loaded)
