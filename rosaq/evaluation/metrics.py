@@ -1,0 +1,76 @@
+"""Next-token statistics, added up window by window."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Rows of logits that are worked on at once: 64 x 151,936 float32 values are 39 MB, whatever the window's length.
+CHUNK_ROWS = 64
+
+
+class Tally:
+    """Sums of the negative log likelihood, and of KL(reference || model) and top-1 agreement, over predicted tokens.
+
+    Sums are float64. KL is kept per token as well (its 99th percentile shows what the mean hides).
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._nll_sum = 0.0
+        self._kl: list[Tensor] = []
+        self._num_agreeing = 0
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> None:
+        """Add predictions: logits [t, vocab] float, targets [t] int64, reference logits [t, vocab] or None."""
+        if logits.dim() != 2 or targets.shape != logits.shape[:1]:
+            raise ValueError(
+                f"targets: got shape {list(targets.shape)} for logits {list(logits.shape)}, need [t] for [t, vocab]"
+            )
+        if reference is not None and reference.shape != logits.shape:
+            raise ValueError(
+                f"reference: got logits {list(reference.shape)}, need {list(logits.shape)} as the model gives "
+                "(is it a model of the same vocabulary?)"
+            )
+        if self.num_tokens and (reference is not None) != bool(self._kl):
+            raise ValueError(f"reference: got {'some' if reference is not None else 'none'}, need the same every time")
+        for start in range(0, len(targets), CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            self._add_chunk(logits[rows], targets[rows], None if reference is None else reference[rows])
+        self.num_tokens += len(targets)
+
+    def _add_chunk(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:
+        log_p = functional.log_softmax(logits.float(), -1)
+        self._nll_sum -= float(log_p.gather(-1, targets.unsqueeze(-1)).double().sum())
+        if reference is None:
+            return
+        log_q = functional.log_softmax(reference.float(), -1)
+        kl = (log_q.exp() * (log_q - log_p)).sum(-1, dtype=torch.float64)
+        # Below zero only by rounding of the float32 logarithms.
+        self._kl.append(kl.clamp_min(0).cpu())
+        self._num_agreeing += int((logits.argmax(-1) == reference.argmax(-1)).sum())
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log likelihood; inf where that overflows."""
+        mean = self._nll_sum / max(self.num_tokens, 1)
+        return math.exp(mean) if mean < 700 else math.inf
+
+    @property
+    def kl_mean(self) -> float | None:
+        """Mean KL(reference || model) per token in nats; None without a reference."""
+        return float(torch.cat(self._kl).mean()) if self._kl else None
+
+    @property
+    def kl_p99(self) -> float | None:
+        """The KL that 99 % of the tokens stay under, in nats; None without a reference."""
+        return float(torch.cat(self._kl).quantile(0.99)) if self._kl else None
+
+    @property
+    def top1_agreement(self) -> float | None:
+        """Share of tokens whose most likely next token is the reference's; None without a reference."""
+        return self._num_agreeing / self.num_tokens if self._kl else None
