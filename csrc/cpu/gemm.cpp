@@ -1,0 +1,133 @@
+#include "gemm.h"
+
+#include "isa.h"
+
+namespace rosaq::cpu {
+namespace {
+
+// Up to this many tokens the integer kernel, which reads W once per 4 tokens, beats dequantising into float32
+// tiles.
+constexpr int64_t kMaxStreamTokens = 12;
+
+// Multiply-adds below which a parallel region costs more than it saves.
+constexpr int64_t kSerialWork = 1 << 15;
+
+// Row strides get an odd number of cache lines: at a power of two the rows of a tile would share one L1 set.
+int64_t padded(int64_t k) {
+    return (round_up<int64_t>(k, 16) / 16 | 1) * 16;
+}
+
+struct Workspace {
+    int64_t t, rotated, s, planes, sums, exponents, total;  // byte offsets
+};
+
+int64_t num_digits(const FusedGemmArgs& a) {
+    return a.x.dtype == DType::kFloat32 ? 4 : 3;
+}
+
+Workspace plan(const FusedGemmArgs& a) {
+    Workspace w{};
+    const auto take = [&w](int64_t bytes) {
+        const int64_t at = w.total;
+        w.total += round_up<int64_t>(bytes, 64);
+        return at;
+    };
+    const int64_t k = a.weight.k, chunks = k / chunk_k(a.weight.group_size);
+    const bool stream = a.m <= kMaxStreamTokens;
+    w.t = take(a.m * padded(k) * 4);
+    w.rotated = take(a.rotation_size ? a.m * padded(k) * 4 : 0);
+    w.s = take(a.r ? a.m * padded(a.r) * 4 : 0);
+    w.planes = take(stream ? a.m * num_digits(a) * k : 0);
+    w.sums = take(stream ? a.m * num_digits(a) * chunks * 4 : 0);
+    w.exponents = take(stream ? a.m * chunks * 4 : 0);
+    return w;
+}
+
+struct Steps {
+    const FusedGemmArgs& args;
+    const KernelTable& kernels;
+    const Parallel& parallel;
+
+    int64_t grain(int64_t work_per_unit) const { return kSerialWork / (work_per_unit + 1) + 1; }
+
+    void dense(const DenseProduct& p) const {
+        const int64_t units = p.batches * ceil_div(p.cols, kernels.dense_cols);
+        parallel(units, grain(p.m * p.rows * kernels.dense_cols),
+                 [&](int64_t begin, int64_t end) { kernels.dense_product(p, begin, end); });
+    }
+
+    void to_float(float* t, int64_t ldt) const {
+        parallel(args.m, grain(args.weight.k), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row)
+                kernels.to_float(args.x, row, args.weight.k, t + row * ldt);
+        });
+    }
+
+    void rotate(const float* t, float* rotated, int64_t ldt) const {
+        const int64_t b = args.rotation_size, batches = args.weight.k / b;
+        dense({t, ldt, args.m, b, b, batches, args.rotation, args.rotation_blocks == 1, rotated, ldt});
+    }
+
+    void project(const float* t, int64_t ldt, float* s, int64_t lds) const {
+        if (args.salient_basis.data != nullptr)
+            return dense({t, ldt, args.m, args.weight.k, args.r, 1, args.salient_basis, true, s, lds});
+        for (int64_t row = 0; row < args.m; ++row)
+            for (int64_t j = 0; j < args.r; ++j) s[row * lds + j] = t[row * ldt + args.salient_index[j]];
+    }
+
+    void main_loop(MainLoop& p) const {
+        const PackedWeight& w = args.weight;
+        if (p.digits.num_digits == 0) {
+            parallel(ceil_div(w.layout.num_panels, kernels.block_panels), 1,
+                     [&](int64_t begin, int64_t end) { kernels.block_gemm(p, begin, end); });
+            return;
+        }
+        const int64_t chunk = chunk_k(w.group_size);
+        parallel(args.m, grain(w.k), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row)
+                kernels.make_digits(p.t, p.ldt, row, w.k, chunk, p.digits);
+        });
+        parallel(w.layout.num_panels, grain(w.k * kPanelRows),
+                 [&](int64_t begin, int64_t end) { kernels.stream_gemm(p, begin, end); });
+    }
+};
+
+}  // namespace
+
+int64_t workspace_bytes(const FusedGemmArgs& args) {
+    return plan(args).total;
+}
+
+void fused_gemm(const FusedGemmArgs& args, void* workspace, const Parallel& parallel) {
+    if (args.m == 0 || args.weight.n == 0) return;
+    const Workspace plan_ = plan(args);
+    char* base = static_cast<char*>(workspace);
+    const Steps steps{args, active_kernels(), parallel};
+
+    const int64_t ldt = padded(args.weight.k);
+    float* t = reinterpret_cast<float*>(base + plan_.t);
+    steps.to_float(t, ldt);
+    if (args.rotation_size != 0) {
+        float* rotated = reinterpret_cast<float*>(base + plan_.rotated);
+        steps.rotate(t, rotated, ldt);
+        t = rotated;
+    }
+
+    MainLoop p;
+    p.args = &args;
+    p.t = t;
+    p.ldt = ldt;
+    if (args.r != 0) {
+        float* s = reinterpret_cast<float*>(base + plan_.s);
+        p.s = s;
+        p.lds = padded(args.r);
+        steps.project(t, ldt, s, p.lds);
+    }
+    if (args.m <= kMaxStreamTokens)
+        p.digits = {static_cast<int>(num_digits(args)), reinterpret_cast<int8_t*>(base + plan_.planes),
+                    reinterpret_cast<int32_t*>(base + plan_.sums),
+                    reinterpret_cast<float*>(base + plan_.exponents)};
+    steps.main_loop(p);
+}
+
+}  // namespace rosaq::cpu

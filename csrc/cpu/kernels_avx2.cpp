@@ -1,0 +1,6 @@
+#include "kernel_table.h"
+#include "simd_avx2.h"
+
+namespace rosaq::cpu {
+const KernelTable kAvx2Kernels = kernel_table<SimdAvx2>("avx2");
+}

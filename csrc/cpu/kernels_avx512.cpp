@@ -1,0 +1,6 @@
+#include "kernel_table.h"
+#include "simd_avx512.h"
+
+namespace rosaq::cpu {
+const KernelTable kAvx512Kernels = kernel_table<SimdAvx512>("avx512");
+}

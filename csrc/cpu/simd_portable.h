@@ -1,0 +1,173 @@
+// The vector type of the kernels in plain C++: 8 lanes as arrays. simd_avx2.h and simd_avx512.h provide the
+// same names.
+//
+//   I  kLanes x int32      F  kLanes x float      dot: acc + sum of 4 (unsigned byte of codes) * (signed byte
+//   of quad)
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../common/half.h"
+#include "../common/params.h"
+
+namespace rosaq::cpu {
+namespace {
+
+struct SimdPortable {
+    static constexpr int kLanes = 8;
+    static constexpr int kTileRows = 2;  // rows of the float32 tile: 2 x 2 vectors fill the 16 SSE registers
+    struct I {
+        int32_t v[kLanes];
+    };
+    struct F {
+        float v[kLanes];
+    };
+
+#define ROSAQ_LANES for (int i = 0; i < kLanes; ++i)
+    ROSAQ_INLINE I zero_i() { return {}; }
+    ROSAQ_INLINE I set_i(int32_t a) {
+        I r;
+        ROSAQ_LANES r.v[i] = a;
+        return r;
+    }
+    ROSAQ_INLINE I load_i(const void* p) {
+        I r;
+        std::memcpy(&r, p, sizeof r);
+        return r;
+    }
+    ROSAQ_INLINE I load_u8(const uint8_t* p) {
+        I r;
+        ROSAQ_LANES r.v[i] = p[i];
+        return r;
+    }
+    template <int kShift>
+    ROSAQ_INLINE I shr(I a) {
+        ROSAQ_LANES a.v[i] = int32_t(uint32_t(a.v[i]) >> kShift);
+        return a;
+    }
+    template <int kShift>
+    ROSAQ_INLINE I shl(I a) {
+        ROSAQ_LANES a.v[i] = int32_t(uint32_t(a.v[i]) << kShift);
+        return a;
+    }
+    template <int kShift>
+    ROSAQ_INLINE I sar(I a) {
+        ROSAQ_LANES a.v[i] >>= kShift;
+        return a;
+    }
+    ROSAQ_INLINE I and_i(I a, I b) {
+        ROSAQ_LANES a.v[i] &= b.v[i];
+        return a;
+    }
+    ROSAQ_INLINE I or_i(I a, I b) {
+        ROSAQ_LANES a.v[i] |= b.v[i];
+        return a;
+    }
+    ROSAQ_INLINE I add_i(I a, I b) {
+        ROSAQ_LANES a.v[i] += b.v[i];
+        return a;
+    }
+    ROSAQ_INLINE I sub_i(I a, I b) {
+        ROSAQ_LANES a.v[i] -= b.v[i];
+        return a;
+    }
+    ROSAQ_INLINE I mul_i(I a, I b) {
+        ROSAQ_LANES a.v[i] *= b.v[i];
+        return a;
+    }
+    ROSAQ_INLINE I max_i(I a, I b) {
+        ROSAQ_LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+        return a;
+    }
+    ROSAQ_INLINE I dot(I acc, I codes, const int8_t* quad) {
+        ROSAQ_LANES {
+            const uint32_t c = uint32_t(codes.v[i]);
+            acc.v[i] += int32_t(c & 255) * quad[0] + int32_t((c >> 8) & 255) * quad[1] +
+                        int32_t((c >> 16) & 255) * quad[2] + int32_t(c >> 24) * quad[3];
+        }
+        return acc;
+    }
+    ROSAQ_INLINE void store_low_bytes(int8_t* p, I a) { ROSAQ_LANES p[i] = int8_t(uint8_t(a.v[i])); }
+    ROSAQ_INLINE int32_t sum_i(I a) {
+        int32_t s = 0;
+        ROSAQ_LANES s += a.v[i];
+        return s;
+    }
+    ROSAQ_INLINE int32_t largest_i(I a) {
+        int32_t s = a.v[0];
+        ROSAQ_LANES s = a.v[i] > s ? a.v[i] : s;
+        return s;
+    }
+
+    ROSAQ_INLINE F zero_f() { return {}; }
+    ROSAQ_INLINE F set_f(float a) {
+        F r;
+        ROSAQ_LANES r.v[i] = a;
+        return r;
+    }
+    ROSAQ_INLINE F load_f(const float* p) {
+        F r;
+        std::memcpy(&r, p, sizeof r);
+        return r;
+    }
+    ROSAQ_INLINE void store_f(float* p, F a) { std::memcpy(p, &a, sizeof a); }
+    ROSAQ_INLINE F add_f(F a, F b) {
+        ROSAQ_LANES a.v[i] += b.v[i];
+        return a;
+    }
+    ROSAQ_INLINE F mul_f(F a, F b) {
+        ROSAQ_LANES a.v[i] *= b.v[i];
+        return a;
+    }
+    ROSAQ_INLINE F mul_add(F a, F b, F c) {
+        ROSAQ_LANES c.v[i] += a.v[i] * b.v[i];
+        return c;
+    }
+    ROSAQ_INLINE F from_int(I a) {
+        F r;
+        ROSAQ_LANES r.v[i] = float(a.v[i]);
+        return r;
+    }
+    ROSAQ_INLINE I to_int(F a) {
+        I r;
+        ROSAQ_LANES r.v[i] = int32_t(lrintf(a.v[i]));
+        return r;
+    }
+    ROSAQ_INLINE I bits_of(F a) {
+        I r;
+        std::memcpy(&r, &a, sizeof r);
+        return r;
+    }
+    template <int kBits, int kByte>
+    ROSAQ_INLINE F code_to_float(I quad) {
+        F r;
+        ROSAQ_LANES r.v[i] = float((quad.v[i] >> (8 * kByte)) & 255);
+        return r;
+    }
+    ROSAQ_INLINE F load_any(const void* p, DType dtype) {
+        if (dtype == DType::kFloat32) return load_f(static_cast<const float*>(p));
+        uint16_t h[kLanes];
+        std::memcpy(h, p, sizeof h);
+        F r;
+        if (dtype == DType::kFloat16)
+            ROSAQ_LANES r.v[i] = float_from_fp16(h[i]);
+        else
+            ROSAQ_LANES r.v[i] = float_from_bf16(h[i]);
+        return r;
+    }
+    ROSAQ_INLINE void store_any(void* p, DType dtype, F a) {
+        if (dtype == DType::kFloat32) return store_f(static_cast<float*>(p), a);
+        uint16_t h[kLanes];
+        if (dtype == DType::kFloat16)
+            ROSAQ_LANES h[i] = fp16_from_float(a.v[i]);
+        else
+            ROSAQ_LANES h[i] = bf16_from_float(a.v[i]);
+        std::memcpy(p, h, sizeof h);
+    }
+#undef ROSAQ_LANES
+};
+
+}  // namespace
+}  // namespace rosaq::cpu

@@ -1,0 +1,24 @@
+"""The compiled extension: facts about the build, the machine and the packed layout. Ops are in torch.ops.rosaq."""
+
+from typing import Any
+
+PANEL_ROWS: int
+HEADER_BYTES: int
+
+def build_info() -> dict[str, Any]:
+    """compiler, torch_headers, torch_target (strings), cuda (bool), layout_version (int)."""
+
+def available_isas() -> list[str]:
+    """Instruction sets this build and machine can run, slowest first: portable, avx2, avx512, avx512vnni."""
+
+def active_isa() -> str:
+    """The instruction set in use: the last of `available_isas()`, or the one that ROSAQ_CPU_ISA names."""
+
+def set_isa(name: str) -> None:
+    """Switch the whole process to `name`, for tests and benchmarks. ValueError if it is not available."""
+
+def packed_bytes(n: int, k: int, bits: int, group_size: int, symmetric: bool) -> int:
+    """Bytes of the blob that `rosaq::prepack` makes of a [n, k] weight (group_size -1: k). ValueError for bad sizes."""
+
+def code_bits(bits: int, j: int) -> list[tuple[int, int]]:
+    """Where each bit of the code at position j (0 to 31) of a block is, lowest first: (word, bit of that word)."""
