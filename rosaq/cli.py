@@ -1,0 +1,178 @@
+"""The command line: parse, build the values, call the library, print. Exit codes: 0 done, 2 a request that is wrong.
+
+Whatever the library refuses (ValueError, OSError) becomes one line on stderr; any other exception is a defect of
+rosaq and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import rosaq
+from rosaq.checkpoint import bits_per_weight, read_config, total_bytes
+from rosaq.config import CalibrationSpec
+from rosaq.demo import run_demo
+from rosaq.doctor import diagnose, lines
+from rosaq.evaluation import continue_text, evaluate
+from rosaq.report.inspect import linears_by_kind, read_layers
+from rosaq.report.progress import eval_progress, quantize_progress
+from rosaq.report.record import write_record
+from rosaq.report.tables import config_table, eval_table, kinds_table, layers_table, quantize_table
+from rosaq.text import builtin_text, read_text, select_documents
+
+app = typer.Typer(
+    help="INT3/INT4 language models with 16-bit salient directions.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write request, result and environment here.")]
+Documents = Annotated[str | None, typer.Option(help="START:STOP, the part of the documents to use.")]
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Dense model: a directory or a hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New directory for the checkpoint.")],
+    recipe: Annotated[str, typer.Option(help="rtn, gptq, quarot, rosaq or rosaq-gptq.")] = "rosaq-gptq",
+    bits: Annotated[int, typer.Option(help="3 or 4.")] = 3,
+    group_size: Annotated[int, typer.Option(help="In-features per scale; -1 for whole rows.")] = 64,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Default: the recipe's.")] = None,
+    salient: Annotated[int | None, typer.Option(help="Directions kept in 16 bits. Default: the recipe's.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text or JSON lines. Default: built-in prose.")] = None,
+    documents: Documents = None,
+    num_sequences: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Calibration windows per forward pass.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the windows and the random rotations.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Quantise a model's linear layers into a new checkpoint directory."""
+    spec = CalibrationSpec(num_sequences, sequence_length, batch_size, seed)
+    request: dict[str, Any] = {
+        "recipe": recipe,
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "salient": salient,
+        "force": force,
+        "resume": resume,
+    }
+    with quantize_progress() as progress:
+        result = rosaq.quantize(
+            model, output, calibration=_calibration(calibration, documents), spec=spec, progress=progress, **request
+        )
+    Console().print(quantize_table(result.to_dict()))
+    typer.echo(f"compare it with the original: rosaq eval {output} --reference {model}")
+    if json_file:
+        asked = request | {"model": model, "calibration": calibration, "documents": documents, "spec": vars(spec)}
+        write_record(json_file, "quantize", asked, result.to_dict())
+
+
+def _calibration(path: Path | None, documents: str | None) -> list[str]:
+    return select_documents(read_text(path) if path else builtin_text("calibration"), documents)
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(help="A directory (dense or rosaq) or a hub id.")],
+    text: Annotated[Path | None, typer.Option(help="Text or JSON lines. Default: built-in prose.")] = None,
+    documents: Documents = None,
+    context: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    windows: Annotated[int, typer.Option(help="Windows, one after the other.")] = 20,
+    reference: Annotated[str | None, typer.Option(help="Model to compare distributions with.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    json_file: JsonFile = None,
+) -> None:
+    """Measure perplexity, and the KL divergence to a reference model."""
+    request: dict[str, Any] = {
+        "text": text,
+        "documents": documents,
+        "context": context,
+        "windows": windows,
+        "reference": reference,
+        "dtype": dtype,
+    }
+    with eval_progress() as progress:
+        result = evaluate(model, progress=progress, **request)
+    Console().print(eval_table([result.to_dict()]))
+    if json_file:
+        write_record(json_file, "eval", request | {"model": model}, result.to_dict())
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A directory (dense or rosaq) or a hub id.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+) -> None:
+    """Continue a text."""
+    text = continue_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, dtype=dtype)
+    typer.echo(text)
+
+
+@app.command("inspect")
+def inspect_command(
+    directory: Annotated[Path, typer.Argument(help="A rosaq checkpoint.")],
+    layers: Annotated[bool, typer.Option("--layers", help="One row per linear, with its measured error.")] = False,
+) -> None:
+    """Show what is in a checkpoint: formats, bits per weight, bytes, errors."""
+    console = Console()
+    console.print(config_table(read_config(directory), bits_per_weight(directory), total_bytes(directory)))
+    console.print(kinds_table(linears_by_kind(directory)))
+    if layers:
+        rows = read_layers(directory)
+        if not rows:
+            raise ValueError(
+                f"layers: got no rosaq_layers.json in {directory}, need a checkpoint made by rosaq quantize"
+            )
+        console.print(layers_table(rows))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Tell what this machine can run, and why not."""
+    facts = diagnose()
+    typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(lines(facts)))
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Option(help="Where the models go.")] = Path("demo"),
+    calibration: Annotated[Path | None, typer.Option(help="Text or JSON lines. Default: built-in prose.")] = None,
+    documents: Documents = None,
+    text: Annotated[Path | None, typer.Option(help="Evaluation text. Default: built-in prose.")] = None,
+    windows: Annotated[int, typer.Option(help="Evaluation windows of 512 tokens.")] = 12,
+    num_sequences: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 32,
+    json_file: JsonFile = None,
+) -> None:
+    """Quantise a real 135M model two ways, compare them, and let the result talk."""
+    run_demo(directory, _calibration(calibration, documents), text, windows, num_sequences, json_file)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The `rosaq` command; `arguments` default to those of the process."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one progress bar is enough: ours
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name="rosaq")
+    except (ValueError, OSError) as error:
+        typer.echo("error: " + " ".join(str(error).split()), err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Progress bars on stderr, so that stdout holds results only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from rosaq.pipeline import ProgressEvent
+
+STAGES = {"axes": "finding axes", "blocks": "quantising", "write": "writing"}
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+@contextmanager
+def quantize_progress() -> Iterator[Callable[[ProgressEvent], None]]:
+    """A callback for `rosaq.quantize`: one line per stage with block, layer error (mean SQNR in dB) and time left."""
+    with _bar() as progress:
+        tasks: dict[str, int] = {}
+
+        def show(event: ProgressEvent) -> None:
+            if event.stage not in tasks:
+                name = STAGES.get(event.stage, event.stage)
+                tasks[event.stage] = progress.add_task(name, total=event.num_blocks, note="")
+            note = "" if event.error_db is None else f"SQNR {event.error_db:.1f} dB"
+            done = min(event.block + 1, event.num_blocks)
+            progress.update(tasks[event.stage], completed=done, note=note)  # type: ignore[arg-type]
+
+        yield show
+
+
+@contextmanager
+def eval_progress() -> Iterator[Callable[[int, int], None]]:
+    """A callback for `rosaq.evaluate`: windows done, of how many."""
+    with _bar() as progress:
+        task = progress.add_task("evaluating", total=None, note="windows")
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield show

@@ -1,0 +1,131 @@
+"""Tables for the terminal, out of plain result dictionaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from rosaq.config import CheckpointConfig, LinearFormat
+
+
+def format_bytes(num_bytes: float) -> str:
+    """1234567 -> "1.2 MB" (powers of 1000, as disks count)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(num_bytes) < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def format_number(value: float | None, spec: str) -> str:
+    """`value` under a format spec, "-" for None."""
+    return "-" if value is None else format(value, spec)
+
+
+def eval_table(results: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None) -> Table:
+    """One row per evaluated model; `results` are `EvalResult.to_dict()` (optionally with "quantize_seconds")."""
+    first = results[0]
+    text = first["text"] + (f"[{first['documents']}]" if first["documents"] else "")
+    caption = (
+        f"text {text}, {first['windows']} windows of {first['context']} tokens, no overlap, no BOS, {first['dtype']}"
+    )
+    references = sorted({result["reference"] for result in results if result["reference"]})
+    if references:
+        caption += f"\nKL and top-1 against {', '.join(references)}"
+    table = Table(caption=caption, caption_justify="left")
+    table.add_column("model", overflow="fold")
+    quantised = any("quantize_seconds" in result for result in results)
+    columns = ["bits/weight", "size", "perplexity", "mean KL", "KL p99", "top-1", "eval s"]
+    for column in [*columns, "quantise s"] if quantised else columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for number, result in enumerate(results):
+        cells = [
+            names[number] if names else result["model"],
+            f"{result['bits_per_weight']:.2f}",
+            format_bytes(result["bytes"]),
+            f"{result['ppl']:.2f}",
+            format_number(result["kl"], ".4f"),
+            format_number(result["kl_p99"], ".3f"),
+            format_number(result["top1_agreement"], ".1%"),
+            f"{result['seconds']:.1f}",
+        ]
+        table.add_row(*cells, *([format_number(result.get("quantize_seconds"), ".0f")] if quantised else []))
+    return table
+
+
+def describe_format(fmt: LinearFormat) -> str:
+    """One line: "int3 g64 asymmetric, 4 salient (index), rotation 1x128"."""
+    parts = [f"int{fmt.bits} g{fmt.group_size} {'symmetric' if fmt.symmetric else 'asymmetric'}"]
+    if fmt.num_salient:
+        parts.append(f"{fmt.num_salient} salient ({fmt.salient})")
+    if fmt.rotation_size:
+        parts.append(f"rotation {fmt.rotation_blocks}x{fmt.rotation_size}")
+    return ", ".join(parts)
+
+
+def config_table(config: CheckpointConfig, bits_per_weight: float, total_bytes: int) -> Table:
+    """What a checkpoint's `quantization_config` says, and what its files weigh."""
+    table = Table(show_header=False)
+    table.add_column("key")
+    table.add_column("value", overflow="fold")
+    table.add_row("recipe", config.recipe or "-")
+    table.add_row("format version", str(config.version))
+    table.add_row("default", describe_format(config.default))
+    for name, fmt in sorted(config.modules.items()):
+        table.add_row(name, describe_format(fmt))
+    table.add_row("not converted", ", ".join(config.modules_to_not_convert) or "-")
+    table.add_row("bits/weight of linears", f"{bits_per_weight:.3f}")
+    table.add_row("all tensors", format_bytes(total_bytes))
+    return table
+
+
+def kinds_table(kinds: Iterable[Mapping[str, Any]]) -> Table:
+    """One row per kind of linear: count, shape, bits per weight, bytes, and the mean and worst SQNR where known."""
+    table = Table()
+    for column in ("kind", "count", "n x k", "bits/weight", "bytes", "mean SQNR", "worst SQNR"):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    for kind in kinds:
+        table.add_row(
+            kind["kind"],
+            str(kind["count"]),
+            kind["shape"],
+            f"{kind['bits_per_weight']:.3f}",
+            format_bytes(kind["bytes"]),
+            format_number(kind["sqnr_mean_db"], ".1f") + (" dB" if kind["sqnr_mean_db"] is not None else ""),
+            format_number(kind["sqnr_worst_db"], ".1f") + (" dB" if kind["sqnr_worst_db"] is not None else ""),
+        )
+    return table
+
+
+def layers_table(layers: Iterable[Mapping[str, Any]]) -> Table:
+    """One row per linear, from the per-layer file of a checkpoint: every key it has is a column."""
+    rows = list(layers)
+    table = Table()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column, justify="left" if column == "name" else "right", overflow="fold")
+    for row in rows:
+        cells = [row.get(column) for column in columns]
+        table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells))
+    return table
+
+
+def quantize_table(result: Mapping[str, Any]) -> Table:
+    """What a run of the pipeline made; `result` is `QuantizeResult.to_dict()`."""
+    table = Table(show_header=False)
+    table.add_column("key")
+    table.add_column("value", overflow="fold")
+    table.add_row("output", str(result["output"]))
+    table.add_row("recipe", result["recipe"])
+    table.add_row("bits/weight of linears", f"{result['bits_per_weight']:.3f}")
+    table.add_row("all tensors", format_bytes(result["bytes"]))
+    if result["rotation_error"] is not None:
+        table.add_row("rotation error of logits", f"{result['rotation_error']:.1e} of the largest")
+    worst = min(result["layers"], key=lambda layer: layer["sqnr_db"], default=None)
+    if worst is not None:
+        table.add_row("worst layer", f"{worst['name']}, SQNR {worst['sqnr_db']:.1f} dB")
+    table.add_row("peak memory", format_bytes(result["peak_memory_bytes"]))
+    table.add_row("time", f"{result['seconds']:.0f} s")
+    return table
