@@ -6,7 +6,7 @@ Nothing here computes. `LinearFormat` and `CheckpointConfig` describe what is on
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 FORMAT_VERSION = 1
@@ -204,13 +204,20 @@ class QuantSpec:
 class SalientSpec:
     """Which directions stay in 16 bits.
 
-    count   directions per site that reads the residual stream.
-    by      "eigenvalue": principal directions of the calibration inputs (ROSAQ; needs the PCA rotation);
+    count   directions per site.
+    by      "eigenvalue": principal directions of the calibration inputs (ROSAQ; folded PCA channels where the
+            rotation makes them, an online basis at the MLP's hidden layer);
             "energy": the input channels with the largest second moment (baseline; no rotation needed).
+    sites   which sites keep them, by what they read ("residual", "values", "hidden").
     """
 
     count: int = 0
     by: Literal["eigenvalue", "energy"] = "eigenvalue"
+    sites: tuple[str, ...] = ("residual", "values", "hidden")
+
+    def count_at(self, reads: str) -> int:
+        """Directions kept at a site that reads `reads`."""
+        return self.count if reads in self.sites else 0
 
 
 @dataclass(frozen=True)
@@ -253,8 +260,11 @@ class Recipe:
 
     name: str
     quant: QuantSpec
-    rotation: RotationSpec
-    salient: SalientSpec
+    rotation: RotationSpec = RotationSpec()
+    salient: SalientSpec = SalientSpec()
 
-    def with_(self, **changes: Any) -> Recipe:
-        return replace(self, **changes)
+    @property
+    def needs_tokens(self) -> bool:
+        """True when any step looks at activations (plain round to nearest does not)."""
+        looks = self.quant.method == "gptq" or self.salient.count > 0
+        return looks or "pca" in self.rotation.residual or self.rotation.values == "pca"

@@ -1,0 +1,6 @@
+"""Activations of a model on calibration text, one block at a time, and their second moments."""
+
+from rosaq.calibrate.blocks import BlockModel
+from rosaq.calibrate.gram import Gram, Tokens
+
+__all__ = ["BlockModel", "Gram", "Tokens"]

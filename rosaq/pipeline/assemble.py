@@ -1,0 +1,98 @@
+"""Put the finished blocks together into a checkpoint that transformers, vLLM and people can read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rosaq.checkpoint import write_shards
+from rosaq.config import CheckpointConfig, LinearFormat, Recipe
+from rosaq.pipeline.block import LinearReport, formats
+from rosaq.pipeline.rotations import Rotations
+from rosaq.pipeline.source import DenseModel
+from rosaq.pipeline.workspace import Workspace, block_name
+from rosaq.rotation import rotate_rows
+
+LAYERS_FILE = "rosaq_layers.json"
+_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
+_NOT_COPIED = ("config.json", "model.safetensors.index.json", LAYERS_FILE)
+
+
+def write_checkpoint(
+    model: DenseModel,
+    recipe: Recipe,
+    rotations: Rotations,
+    reports: list[LinearReport],
+    work: Workspace,
+    rotation_error: float | None,
+) -> None:
+    """Write weights, config, tokenizer files and the per-layer report into the workspace's final directory."""
+    final = work.final_directory()
+    write_shards(final, _tensors(model, recipe, rotations, work))
+    for pattern in _COPIED:
+        for path in model.directory.glob(pattern):
+            if path.name not in _NOT_COPIED:
+                shutil.copy(path, final / path.name)
+    _write_json(final / "config.json", _config(model, recipe, rotations))
+    layers: dict[str, Any] = {
+        "recipe": asdict(recipe),
+        "rotation_error": rotation_error,
+        "spectrum": None if rotations.spectrum is None else rotations.spectrum.tolist(),
+        "layers": [report.to_dict() for report in reports],
+    }
+    _write_json(final / LAYERS_FILE, layers)
+
+
+def _tensors(model: DenseModel, recipe: Recipe, rotations: Rotations, work: Workspace) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the checkpoint under its full name, one block in memory at a time."""
+    family, is_identity = model.blocks.family, recipe.rotation.is_identity
+    gain, rows = model.get(model.final_norm_name), model.get(model.embedding_name)
+    if is_identity:
+        yield model.embedding_name, model.to_storage(rows, model.embedding_name)
+    else:
+        yield model.embedding_name, model.to_storage(rotate_rows(rows, rotations.residual), model.embedding_name)
+    for index in range(model.blocks.sizes.num_blocks):
+        saved = work.load(block_name(index))
+        assert saved is not None
+        for name, tensor in sorted(saved[0].items()):
+            if not name.startswith("probe."):
+                yield family.block_prefix(index) + name, tensor
+    head_name = f"{family.head}.weight"
+    if is_identity:
+        yield model.final_norm_name, model.to_storage(gain, model.final_norm_name)
+        if not model.is_tied:
+            yield head_name, model.to_storage(model.get(model.head_name), head_name)
+    else:
+        yield model.final_norm_name, model.to_storage(torch.ones_like(gain), model.final_norm_name)
+        head = rotate_rows(model.get(model.head_name), rotations.residual, gain)
+        yield head_name, model.to_storage(head, head_name)
+
+
+def _config(model: DenseModel, recipe: Recipe, rotations: Rotations) -> dict[str, Any]:
+    """The source's config.json with the quantization_config; the norms' gains live in the head now, so it is untied."""
+    config: dict[str, Any] = json.loads((model.directory / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    if not recipe.rotation.is_identity:
+        config["tie_word_embeddings"] = False
+    fmts = formats(recipe, model.blocks.family, rotations.of_block(0))
+    default = _most_common(fmts)
+    overrides = {name: fmt for name, fmt in fmts.items() if fmt != default}
+    quantization = CheckpointConfig(default, overrides, (model.blocks.family.head,), recipe.name)
+    return config | {"quantization_config": quantization.to_dict()}
+
+
+def _most_common(fmts: dict[str, LinearFormat]) -> LinearFormat:
+    return Counter(fmts.values()).most_common(1)[0][0]
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

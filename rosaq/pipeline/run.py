@@ -1,0 +1,267 @@
+"""Quantise a model: the order of the steps, and what is kept of each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rosaq.calibrate import BlockModel
+from rosaq.checkpoint import bits_per_weight, total_bytes
+from rosaq.config import CalibrationSpec, LinearFormat, Recipe
+from rosaq.pipeline.assemble import write_checkpoint
+from rosaq.pipeline.block import LinearReport, effective_weight, formats, quantize_block
+from rosaq.pipeline.probe import MAX_TOKENS, Probe, check_equal
+from rosaq.pipeline.rotations import Rotations, choose_rotations
+from rosaq.pipeline.source import DenseModel, local_directory
+from rosaq.pipeline.workspace import Workspace, block_name, check_output
+from rosaq.recipes import DEFAULT_RECIPE, make_recipe
+from rosaq.rotation import fold_norms, rotate_block, rotate_rows
+from rosaq.text import builtin_text, token_windows
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """One step done: stage "axes", "blocks" or "write", block number (from 0), mean SQNR of its linears in dB."""
+
+    stage: str
+    block: int
+    num_blocks: int
+    error_db: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What a run made. rotation_error: largest logit difference between the dense and the folded and rotated model,
+    relative to the largest logit (None where nothing was rotated). bytes: all tensors of the checkpoint."""
+
+    output: str
+    recipe: str
+    bits_per_weight: float
+    bytes: int
+    seconds: float
+    rotation_error: float | None
+    peak_memory_bytes: int
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    *,
+    recipe: str = DEFAULT_RECIPE,
+    bits: int = 3,
+    group_size: int = 64,
+    symmetric: bool | None = None,
+    salient: int | None = None,
+    calibration: list[str] | None = None,
+    spec: CalibrationSpec | None = None,
+    force: bool = False,
+    resume: bool = False,
+    progress: Callable[[ProgressEvent], None] | None = None,
+) -> QuantizeResult:
+    """Quantise the model in directory (or of hub name) `model` into the new directory `output`.
+
+    symmetric, salient: None keeps the recipe's choice. calibration: documents (None: prose that Python carries).
+    Memory holds one block, the token stream and one shard. `output` appears complete or not at all; an interrupted
+    run continues with `resume` and ends bit-identical.
+
+    Raises ValueError, FileNotFoundError or OSError naming the argument, what it got and what it needs.
+    """
+    started = time.monotonic()
+    output = Path(output)
+    chosen = make_recipe(recipe, bits=bits, group_size=group_size, symmetric=symmetric, salient=salient)
+    spec = spec or CalibrationSpec()
+    check_output(output, force=force)
+    dense = DenseModel(local_directory(model))
+    _check_formats(dense.blocks, chosen)
+    input_ids = _windows(dense, calibration, spec)
+    work = Workspace(output, _request(dense, chosen, spec, input_ids), force=force, resume=resume)
+
+    def report(stage: str, block: int, error_db: float | None = None) -> None:
+        if progress is not None:
+            event = ProgressEvent(stage, block, dense.blocks.sizes.num_blocks, error_db, time.monotonic() - started)
+            progress(event)
+
+    try:
+        run = _Run(dense, chosen, spec, input_ids, work, report)
+        run.choose_rotations()
+        run.quantize_blocks()
+        error = run.check_logits()
+        write_checkpoint(dense, chosen, run.rotations, run.reports, work, error)
+        report("write", dense.blocks.sizes.num_blocks)
+        work.commit()
+    except BaseException:
+        work.discard_if_empty()
+        raise
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return QuantizeResult(
+        output=str(output),
+        recipe=chosen.name,
+        bits_per_weight=bits_per_weight(output),
+        bytes=total_bytes(output),
+        seconds=time.monotonic() - started,
+        rotation_error=error,
+        peak_memory_bytes=peak,
+        layers=[r.to_dict() for r in run.reports],
+    )
+
+
+class _Run:
+    """The state that moves through the blocks: token stream, probe, and the reports so far."""
+
+    def __init__(
+        self,
+        dense: DenseModel,
+        recipe: Recipe,
+        spec: CalibrationSpec,
+        input_ids: Tensor,
+        work: Workspace,
+        report: Callable[..., None],
+    ) -> None:
+        self._dense, self._recipe, self._spec, self._work, self._report = dense, recipe, spec, work, report
+        self._ids = input_ids
+        self.rotations = Rotations(None, None, None, None)
+        self.reports: list[LinearReport] = []
+        self._probe: Probe | None = None
+
+    def choose_rotations(self) -> None:
+        saved = self._work.load("rotations")
+        if saved is not None:
+            self.rotations = Rotations.from_tensors(saved[0])
+            return
+        stream = self._stream(None) if self._recipe.needs_tokens else []
+        self.rotations = choose_rotations(
+            self._dense, self._recipe, stream, self._spec.seed, lambda block: self._report("axes", block)
+        )
+        self._work.save("rotations", self.rotations.to_tensors(), {})
+
+    def quantize_blocks(self) -> None:
+        """All blocks in order; the finished ones of an earlier run are read back instead of made again."""
+        model, family = self._dense.blocks, self._dense.blocks.family
+        stream = self._stream(self.rotations.residual) if self._recipe.needs_tokens else []
+        if not self._recipe.rotation.is_identity:
+            ids = self._ids[:1, :MAX_TOKENS]
+            self._probe = Probe(self._embed(ids, None), self._embed(ids, self.rotations.residual))
+        finished = self._work.num_finished_blocks()
+        for index in range(model.sizes.num_blocks):
+            rotations = self.rotations.of_block(index)
+            name = block_name(index)
+            if index >= finished:
+                self._quantize_block(index, stream)
+            saved = self._work.load(name)
+            assert saved is not None
+            tensors, values = saved
+            self.reports += [LinearReport(**r) for r in values["reports"]]
+            if "probe.dense" in tensors:
+                self._probe = Probe(tensors.pop("probe.dense"), tensors.pop("probe.rotated"))
+            runnable = _runnable(tensors, formats(self._recipe, family, rotations))
+            for i, hidden in enumerate(stream):
+                stream[i] = model.run(index, runnable, hidden)
+                if not torch.isfinite(stream[i]).all():
+                    raise ValueError(
+                        f"activations: {family.block_prefix(index)[:-1]}: got NaN or Inf after quantising it"
+                    )
+            self._report("blocks", index, _mean_db(self.reports, len(values["reports"])))
+
+    def _quantize_block(self, index: int, stream: list[Tensor]) -> None:
+        model, rotations = self._dense.blocks, self.rotations.of_block(index)
+        dense = self._dense.block(index)
+        weights = dense
+        if not self._recipe.rotation.is_identity:
+            weights = rotate_block(fold_norms(dense, model.family), rotations, model.family, model.sizes)
+        stored, reports = quantize_block(model, index, weights, stream, self._recipe, rotations)
+        for name, tensor in weights.items():
+            if name.rpartition(".")[0] not in model.family.linears:
+                stored[name] = self._dense.to_storage(tensor, model.family.block_prefix(index) + name)
+        if self._probe is not None:
+            probe = self._probe.step(model, index, dense, weights, rotations)
+            stored |= {"probe.dense": probe.dense, "probe.rotated": probe.rotated}
+        self._work.save(block_name(index), stored, {"reports": [r.to_dict() for r in reports]})
+
+    def check_logits(self) -> float | None:
+        """Largest relative logit difference of the probe; None where nothing was rotated."""
+        if self._probe is None:
+            return None
+        model, get = self._dense.blocks, self._dense.get
+        gain, head = get(self._dense.final_norm_name), get(self._dense.head_name)
+        want = model.logits(self._probe.dense, gain, head)
+        rotated = rotate_rows(head, self.rotations.residual, gain)
+        return check_equal(model.logits(self._probe.rotated, torch.ones_like(gain), rotated), want, "logits")
+
+    def _embed(self, input_ids: Tensor, residual: Tensor | None) -> Tensor:
+        rows = self._dense.get(self._dense.embedding_name)
+        return self._dense.blocks.embed(rows if residual is None else rotate_rows(rows, residual), input_ids)
+
+    def _stream(self, residual: Tensor | None) -> list[Tensor]:
+        """Hidden states after the embedding, one tensor [batch, length, hidden] per batch."""
+        return list(self._embed(self._ids, residual).split(self._spec.batch_size))
+
+
+def _runnable(tensors: Tensors, fmts: dict[str, LinearFormat]) -> Tensors:
+    """Stored tensors of a block -> the dense float32 weights they stand for, as the block's code wants them."""
+    result: Tensors = {}
+    for linear, fmt in fmts.items():
+        own = {n.removeprefix(f"{linear}."): t for n, t in tensors.items() if n.startswith(f"{linear}.")}
+        result[f"{linear}.weight"] = effective_weight(own, fmt)
+        if "bias" in own:
+            result[f"{linear}.bias"] = own["bias"].float()
+    others = {n: t.float() for n, t in tensors.items() if n.rpartition(".")[0] not in fmts}
+    return result | others
+
+
+def _check_formats(model: BlockModel, recipe: Recipe) -> None:
+    """Refuse sizes that the recipe cannot take before any work, naming the linear."""
+    for name, (k, n) in model.linear_sizes().items():
+        site = next(s for s in model.family.sites if name in s.linears)
+        quant, count = recipe.quant, recipe.salient.count_at(site.reads)
+        LinearFormat(quant.bits, quant.group_size, quant.symmetric, count).check_sizes(k, n, name)
+
+
+def _windows(dense: DenseModel, calibration: list[str] | None, spec: CalibrationSpec) -> Tensor:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(dense.directory)
+    documents = builtin_text("calibration") if calibration is None else calibration
+    return token_windows(tokenizer, documents, spec.num_sequences, spec.sequence_length, spec.seed)
+
+
+def _request(dense: DenseModel, recipe: Recipe, spec: CalibrationSpec, input_ids: Tensor) -> dict[str, Any]:
+    """Everything that decides the result, for resuming."""
+    config = json.loads((dense.directory / "config.json").read_text(encoding="utf-8"))
+    return {
+        "recipe": asdict(recipe),
+        "calibration": asdict(spec),
+        "tokens": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest(),
+        "model": config,
+        "weights": {path.name: _fingerprint(path) for path in sorted(dense.directory.glob("*.safetensors"))},
+    }
+
+
+def _fingerprint(path: Path) -> str:
+    """Of a weight file: its size, header and both ends; hashing all of 140 GB would take longer than a block."""
+    size, sample = path.stat().st_size, 1 << 20
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(sample))
+        file.seek(max(0, size - sample))
+        digest.update(file.read(sample))
+    return f"{size}:{digest.hexdigest()}"
+
+
+def _mean_db(reports: list[LinearReport], last: int) -> float:
+    return sum(r.sqnr_db for r in reports[-last:]) / last

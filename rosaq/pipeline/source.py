@@ -1,0 +1,81 @@
+"""The dense model as the pipeline reads it: checked before any work, then one block of float32 tensors at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rosaq.calibrate import BlockModel
+from rosaq.checkpoint import WeightReader
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # never pickles
+
+
+def local_directory(model: str | Path) -> Path:
+    """A local model directory as it is, or the hub repository "owner/name" downloaded (safetensors only)."""
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"model: got {path} without config.json, need a Hugging Face model directory")
+        return path
+    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"model: got {str(model)!r}, need a model directory or a hub name 'owner/name'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"model: got {str(model)!r}, which is no directory here and could not be downloaded "
+            f"({type(error).__name__}), need a model directory or a reachable hub name"
+        ) from error
+
+
+class DenseModel:
+    """Weights and code of a dense model. `blocks` runs them, `block(i)` reads the weights of one."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.blocks = BlockModel(directory)
+        self.reader = WeightReader(directory)
+        family = self.blocks.family
+        self.is_tied = bool(getattr(self.blocks.config, "tie_word_embeddings", False))
+        self.embedding_name = f"{family.embedding}.weight"
+        self.final_norm_name = f"{family.final_norm}.weight"
+        self.head_name = self.embedding_name if self.is_tied else f"{family.head}.weight"
+        wanted = [self.embedding_name, self.final_norm_name, self.head_name]
+        for index in range(self.blocks.sizes.num_blocks):
+            wanted += [family.block_prefix(index) + name for name in self.blocks.tensor_names()]
+        missing = [name for name in wanted if name not in self.reader]
+        if missing:
+            raise ValueError(
+                f"model: {directory} lacks {len(missing)} of {len(wanted)} tensors, the first is {missing[0]!r}"
+            )
+        dtype = self.reader.dtype(self.embedding_name)
+        # what is not quantised stays in 16 bits; a float32 source becomes float16
+        self.dtype = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
+
+    def get(self, name: str) -> Tensor:
+        """One tensor as float32; ValueError naming it if it holds NaN or Inf."""
+        tensor = self.reader.get(name).float()
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"weights: {name}: got NaN or Inf, need finite numbers")
+        return tensor
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """The tensors of block `index` under their names inside it, float32."""
+        prefix = self.blocks.family.block_prefix(index)
+        return {name: self.get(prefix + name) for name in self.blocks.tensor_names()}
+
+    def to_storage(self, tensor: Tensor, name: str) -> Tensor:
+        """A tensor that is not quantised, in 16 bits; ValueError where float16 cannot hold it."""
+        stored = tensor.to(self.dtype)
+        if not torch.isfinite(stored).all():
+            raise ValueError(
+                f"{name}: got values up to {tensor.abs().max().item():.3g}, which overflow {self.dtype}; "
+                "convert the model to bfloat16 first"
+            )
+        return stored

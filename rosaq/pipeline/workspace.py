@@ -1,0 +1,128 @@
+"""The temporary sibling of the output directory: one file per finished block, renamed to the output at the end.
+
+A run that is killed leaves only this directory. Resuming checks that the request is the same one, and goes on after
+the last finished block.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+class Workspace:
+    """Files of an unfinished run for `output`, tied to a `request` (JSON values that decide the result)."""
+
+    def __init__(self, output: Path, request: dict[str, Any], *, force: bool, resume: bool) -> None:
+        self.output = output
+        self.directory = output.parent / f".{output.name}.partial"
+        self._request = json.loads(json.dumps(request))
+        self._force = force
+        check_output(output, force=force)
+        if self.directory.exists():
+            if resume:
+                self._check_request()
+                return
+            if not force:
+                raise ValueError(
+                    f"output: got an unfinished run for {output} in {self.directory}, need resume (--resume) to go on "
+                    "with it or force (--force) to discard it"
+                )
+            shutil.rmtree(self.directory)
+        elif resume:
+            raise ValueError(f"resume: got no unfinished run for {output} (looked for {self.directory})")
+        self.directory.mkdir(parents=True)
+        (self.directory / "request.json").write_text(json.dumps(self._request, indent=2) + "\n", encoding="utf-8")
+
+    def _check_request(self) -> None:
+        path = self.directory / "request.json"
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        differing = sorted(k for k in self._request.keys() | earlier.keys() if self._request.get(k) != earlier.get(k))
+        if differing:
+            got = {key: self._request.get(key) for key in differing}
+            need = {key: earlier.get(key) for key in differing}
+            raise ValueError(f"resume: got another request than the unfinished run: {got}, need {need}")
+
+    def load(self, name: str) -> tuple[Tensors, dict[str, Any]] | None:
+        """The tensors and JSON values saved under `name`, or None if that step did not finish."""
+        path = self.directory / f"{name}.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                values = json.loads((file.metadata() or {})["values"])
+                return {key: file.get_tensor(key) for key in file.keys()}, values  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            raise ValueError(
+                f"resume: got a damaged file {path} ({error}), need force (--force) to start again"
+            ) from error
+
+    def save(self, name: str, tensors: Tensors, values: dict[str, Any]) -> None:
+        """Save a finished step; it appears under its name only when it is complete."""
+        path = self.directory / f"{name}.safetensors"
+        partial = path.with_suffix(".writing")
+        owned = {key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()}
+        try:
+            save_file(owned, partial, metadata={"values": json.dumps(values)})
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
+                free = shutil.disk_usage(self.directory).free
+                needed = sum(tensor.nbytes for tensor in owned.values())
+                raise OSError(
+                    errno.ENOSPC, f"output: disk full: got {free} bytes free, need {needed} for {path}"
+                ) from error
+            raise
+        partial.replace(path)
+
+    def num_finished_blocks(self) -> int:
+        """How many blocks, counted from the first, are finished."""
+        count = 0
+        while (self.directory / f"{block_name(count)}.safetensors").is_file():
+            count += 1
+        return count
+
+    def discard_if_empty(self) -> None:
+        """Remove the directory when not a single block is finished: there is nothing to resume."""
+        if self.directory.exists() and self.num_finished_blocks() == 0:
+            shutil.rmtree(self.directory)
+
+    def final_directory(self) -> Path:
+        """An empty directory to write the checkpoint into."""
+        final = self.directory / "final"
+        shutil.rmtree(final, ignore_errors=True)
+        final.mkdir()
+        return final
+
+    def commit(self) -> None:
+        """Put the written checkpoint in the output's place and remove the rest."""
+        check_output(self.output, force=self._force)
+        replaced = self.output.parent / f".{self.output.name}.replaced"
+        if self.output.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            self.output.rename(replaced)
+        (self.directory / "final").rename(self.output)
+        shutil.rmtree(self.directory)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def block_name(index: int) -> str:
+    """Name of the saved step of block `index`."""
+    return f"block-{index:05d}"
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """ValueError unless `output` can be created, or may be replaced."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output: got {output}, which is a file, need a directory name")
+    if output.is_dir() and any(output.iterdir()) and not force:
+        raise ValueError(f"output: got {output}, which exists and is not empty, need a new name or force (--force)")

@@ -1,0 +1,9 @@
+"""Weights to codes: pure functions of tensors that know no model."""
+
+from rosaq.quantizers.gptq import NotPositiveDefiniteError, gptq
+from rosaq.quantizers.grid import Grid, fit_grid
+from rosaq.quantizers.quantize import quantize_weight
+from rosaq.quantizers.rtn import rtn
+from rosaq.quantizers.salient import energy_index
+
+__all__ = ["Grid", "NotPositiveDefiniteError", "energy_index", "fit_grid", "gptq", "quantize_weight", "rtn"]

@@ -1,0 +1,119 @@
+"""GPTQ: columns are rounded one after another, and every rounding error is compensated by the columns still to come.
+
+The loss is tr(D G Dᵀ) with D = Ŵ - W and G the (weighted) second moments of the inputs. With U the upper Cholesky
+factor of G⁻¹, rounding column j leaves the error e = (w_j - ŵ_j) / U_jj, and the best update of the later columns is
+W[:, j+1:] -= e U[j, j+1:] (Frantar et al. 2023). Salient columns come last: they are never rounded, so they receive
+the corrections of all the others, a least-squares fit for nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rosaq.config import QuantSpec
+from rosaq.quantizers.grid import Grid, empty_grid, fit_grid, from_codes, to_codes
+
+_PANEL = 128  # columns updated in one go; later panels get their corrections as one matrix product
+_MAX_DAMPING_STEPS = 8
+
+
+class NotPositiveDefiniteError(ValueError):
+    """The second moments could not be inverted even with much more damping than asked for."""
+
+
+def inverse_factor(gram: Tensor, num_bulk: int, damping: float) -> Tensor:
+    """Upper Cholesky factor U [k, k] float64 of (gram + damping)⁻¹, the first `num_bulk` columns being the bulk.
+
+    The damping is a share of the bulk's mean diagonal: with a few huge salient directions in the mean, one per cent
+    of it would swamp the small ones. If the factorisation still fails, damping is doubled from a fresh copy.
+    """
+    mean = torch.diagonal(gram)[:num_bulk].mean()
+    if not torch.isfinite(mean) or mean < 0:
+        raise NotPositiveDefiniteError(f"gram: got a mean diagonal of {mean.item()}, need a finite positive number")
+    share = max(damping, 1e-8)
+    for _ in range(_MAX_DAMPING_STEPS):
+        damped = gram.clone()
+        torch.diagonal(damped).add_(share * mean.clamp_min(torch.finfo(torch.float32).tiny))
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if info.item() == 0:
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if info.item() == 0:
+                return upper
+        share *= 2
+    raise NotPositiveDefiniteError(
+        f"gram [{gram.shape[0]}, {gram.shape[0]}] is not positive definite with damping up to {share / 2:.3g}: "
+        "calibrate on more tokens, or raise damping"
+    )
+
+
+class Panel(NamedTuple):
+    """Bulk columns [start, stop) that are rounded before later columns hear of their errors, and the groups
+    (first column, end column, group) that begin in it."""
+
+    start: int
+    stop: int
+    groups: list[tuple[int, int, int]]
+
+
+def _panels(group_of: Tensor) -> Iterator[Panel]:
+    """Cut the bulk columns so that every group begins with up-to-date columns: a panel is several whole groups, or
+    a piece of one long group."""
+    ids, counts = torch.unique_consecutive(group_of, return_counts=True)
+    ends = counts.cumsum(0)
+    groups = [(int(e - c), int(e), int(g)) for g, c, e in zip(ids, counts, ends, strict=True)]
+    pending: list[tuple[int, int, int]] = []
+    for group in groups:
+        if pending and group[1] - pending[0][0] > _PANEL:
+            yield Panel(pending[0][0], pending[-1][1], pending)
+            pending = []
+        pending.append(group)
+        if group[1] - group[0] > _PANEL:
+            cuts = [*range(group[0], group[1], _PANEL), group[1]]
+            for start, stop in itertools.pairwise(cuts):
+                yield Panel(start, stop, pending if start == group[0] else [])
+            pending = []
+    if pending:
+        yield Panel(pending[0][0], pending[-1][1], pending)
+
+
+def gptq(w: Tensor, gram: Tensor, spec: QuantSpec, group_size: int, salient: Tensor) -> tuple[Tensor, Grid, Tensor]:
+    """w [n, k] float32, gram [k, k] float64, salient bool [k] -> (codes [n, k], grid [n, k / group_size], salient
+    weights [n, r] float32, corrected). Codes of salient columns are the zero point: they dequantise to exactly 0."""
+    n, k = w.shape
+    bulk, kept = torch.nonzero(~salient).flatten(), torch.nonzero(salient).flatten()
+    order = torch.cat([bulk, kept])
+    factor = inverse_factor(gram[order][:, order], len(bulk), spec.damping).float()
+    importance = torch.diagonal(factor) ** -2.0  # the loss that a unit error in a column leaves after feedback
+
+    work = w[:, order].contiguous()
+    grid = empty_grid(n, k // group_size, spec)
+    codes = torch.empty(n, k)
+    for panel in _panels(bulk // group_size):
+        columns = work[:, panel.start : panel.stop].T.contiguous()
+        errors = torch.empty_like(columns)
+        starts = {first: (first, end, group) for first, end, group in panel.groups}
+        step = Grid(torch.empty(0), torch.empty(0))
+        for j in range(panel.start, panel.stop):
+            if j in starts:
+                first, end, group = starts[j]
+                inside = end <= panel.stop
+                w_group = columns[first - panel.start : end - panel.start].T if inside else work[:, first:end]
+                fitted = fit_grid(w_group[:, None], spec, importance[None, first:end])
+                grid.scale[:, group], grid.zero[:, group] = fitted.scale[:, 0], fitted.zero[:, 0]
+            if j in starts or j == panel.start:
+                group = int(bulk[j]) // group_size
+                step = Grid(grid.scale[:, group], grid.zero[:, group])
+            column = columns[j - panel.start]
+            code = to_codes(column, step, spec.bits)
+            codes[:, bulk[j]] = code
+            error = (column - from_codes(code, step)) / factor[j, j]
+            errors[j - panel.start] = error
+            columns[j - panel.start + 1 :].addr_(factor[j, j + 1 : panel.stop], error, alpha=-1)
+        work[:, panel.stop :].addmm_(errors.T, factor[panel.start : panel.stop, panel.stop :], alpha=-1)
+    codes[:, kept] = grid.zero[:, kept // group_size]
+    return codes, grid, work[:, len(bulk) :]

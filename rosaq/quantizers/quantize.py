@@ -1,0 +1,64 @@
+"""One weight matrix (or several that share an input) to the tensors of the disk layout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rosaq.config import LinearFormat, QuantSpec
+from rosaq.layout import pack
+from rosaq.quantizers.gptq import gptq
+from rosaq.quantizers.grid import Grid
+from rosaq.quantizers.rtn import rtn
+from rosaq.quantizers.salient import salient_mask
+
+
+def quantize_weight(
+    weight: Tensor, gram: Tensor | None, spec: QuantSpec, salient_index: Tensor | None = None
+) -> dict[str, Tensor]:
+    """weight [n, k] float, gram [k, k] second moments of the inputs (None only for "rtn"), salient_index int64 [r]
+    -> qweight, scales, zeros (asymmetric), salient_weight and salient_index (r > 0), as stored.
+
+    Rows are independent given gram, so linears that share an input are stacked, quantised at once and cut again.
+
+    Raises ValueError for NaN or Inf, for sizes that the format cannot hold, and for "gptq" without a gram: there is
+    no silent round to nearest.
+    """
+    n, k = weight.shape
+    r = 0 if salient_index is None else len(salient_index)
+    LinearFormat(spec.bits, spec.group_size, spec.symmetric, r).check_sizes(k, n, "weight")
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"weight [{n}, {k}]: got {int((~torch.isfinite(weight)).sum())} NaN or Inf, need finite numbers"
+        )
+    if gram is not None:
+        _check_gram(gram, k)
+    group_size = k if spec.group_size == -1 else spec.group_size
+    salient = salient_mask(k, salient_index)
+    w = weight.detach().float()
+    if spec.method == "gptq":
+        if gram is None:
+            raise ValueError("gram: got None, need second moments [k, k] of the inputs for method 'gptq'")
+        codes, grid, salient_weight = gptq(w, gram.double(), spec, group_size, salient)
+    else:
+        # a zero weight rounds to the zero point exactly, so silencing salient columns needs no other special case
+        codes, grid = rtn(w.masked_fill(salient, 0.0), spec, group_size)
+        salient_weight = w[:, salient]
+    return _stored(codes, grid, spec, salient_weight, torch.nonzero(salient).flatten())
+
+
+def _check_gram(gram: Tensor, k: int) -> None:
+    if gram.shape != (k, k):
+        raise ValueError(f"gram: got shape {tuple(gram.shape)}, need ({k}, {k}) to match weight [n, k]")
+    if not torch.isfinite(gram).all():
+        raise ValueError(f"gram: got {int((~torch.isfinite(gram)).sum())} NaN or Inf entries, need finite numbers")
+
+
+def _stored(codes: Tensor, grid: Grid, spec: QuantSpec, salient_weight: Tensor, index: Tensor) -> dict[str, Tensor]:
+    tensors = {"qweight": pack(codes.to(torch.uint8), spec.bits), "scales": grid.scale.to(torch.float16)}
+    if not spec.symmetric:
+        tensors["zeros"] = grid.zero.to(torch.uint8)
+    if len(index):
+        tensors["salient_weight"] = salient_weight.to(torch.float16).contiguous()
+        tensors["salient_index"] = index.to(torch.int32)
+    return tensors

@@ -1,0 +1,54 @@
+"""The recipes by name, and how a request changes them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rosaq.config import QuantSpec, Recipe, RotationSpec, SalientSpec
+
+_RTN = QuantSpec(method="rtn", clip=False)
+_GPTQ = QuantSpec(method="gptq", clip=True)
+
+RECIPES: dict[str, Recipe] = {
+    # the floor: no calibration, no rotation
+    "rtn": Recipe("rtn", _RTN),
+    # Frantar et al. 2023, with the clip search; `salient` adds FP16 channels picked by energy
+    "gptq": Recipe("gptq", _GPTQ, salient=SalientSpec(0, by="energy")),
+    # QuaRot's weight-only form: random rotations everywhere, GPTQ, nothing in 16 bits
+    "quarot": Recipe("quarot", _GPTQ, RotationSpec("random", "random", "hadamard")),
+    # the ROSAQ paper: principal axes, the K largest eigenvalues in FP16, the rest rounded to nearest
+    "rosaq": Recipe("rosaq", _RTN, RotationSpec("pca", "pca"), SalientSpec(16)),
+    # ours: few principal directions in FP16, a random basis of the rest, GPTQ with the salient columns as correctors
+    "rosaq-gptq": Recipe(
+        "rosaq-gptq",
+        _GPTQ,
+        RotationSpec("pca-random", "random", "hadamard"),
+        SalientSpec(4, sites=("residual",)),
+    ),
+}
+DEFAULT_RECIPE = "rosaq-gptq"
+
+
+def make_recipe(
+    name: str = DEFAULT_RECIPE,
+    *,
+    bits: int = 3,
+    group_size: int = 64,
+    symmetric: bool | None = None,
+    salient: int | None = None,
+) -> Recipe:
+    """The recipe `name` at a width; None keeps the recipe's own choice. ValueError for an unknown name or number."""
+    if name not in RECIPES:
+        raise ValueError(f"recipe: got {name!r}, need one of {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    quant = replace(recipe.quant, bits=bits, group_size=group_size)
+    if symmetric is not None:
+        quant = replace(quant, symmetric=symmetric)
+    chosen = recipe.salient
+    if salient is not None:
+        if salient < 0:
+            raise ValueError(f"salient: got {salient}, need 0 or more")
+        if salient and chosen.by == "eigenvalue" and "pca" not in recipe.rotation.residual:
+            chosen = replace(chosen, by="energy")  # without principal axes the largest channels are what there is
+        chosen = replace(chosen, count=salient)
+    return replace(recipe, quant=quant, salient=chosen)

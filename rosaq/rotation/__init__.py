@@ -1,0 +1,27 @@
+"""Orthogonal maps of the activations and how they fold into weights."""
+
+from rosaq.rotation.fuse import BlockRotations, fold_norms, rotate_block, rotate_rows
+from rosaq.rotation.hadamard import hadamard, has_hadamard
+from rosaq.rotation.orthogonal import (
+    inverse_transpose,
+    pca_random_tail,
+    principal_axes,
+    random_orthogonal,
+    rotate_blocks,
+    shared_hadamard_block,
+)
+
+__all__ = [
+    "BlockRotations",
+    "fold_norms",
+    "hadamard",
+    "has_hadamard",
+    "inverse_transpose",
+    "pca_random_tail",
+    "principal_axes",
+    "random_orthogonal",
+    "rotate_block",
+    "rotate_blocks",
+    "rotate_rows",
+    "shared_hadamard_block",
+]

@@ -1,0 +1,85 @@
+"""Fold norms and rotations into the weights of one block, exactly: the block computes the same function.
+
+Everything is float64 here; the results are rounded once, to float32. Weights are [out, in]; a rotation R acts on
+row vectors, x' = x R.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rosaq.models import Family, Sizes
+from rosaq.rotation.orthogonal import inverse_transpose, rotate_blocks
+
+Tensors = dict[str, Tensor]
+_ROWS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class BlockRotations:
+    """The rotations of one block. residual [d, d] and values [num_kv_heads, head_dim, head_dim] are float64 and
+    folded; mlp_out [B, b, b] float16 is applied online to the input of the site that reads "hidden". None: identity."""
+
+    residual: Tensor | None = None
+    values: Tensor | None = None
+    mlp_out: Tensor | None = None
+
+
+def fold_norms(block: Tensors, family: Family) -> Tensors:
+    """Multiply each norm's gain into the linears behind it and set the gain to one. block: {name: tensor}."""
+    out = dict(block)
+    for site in family.sites:
+        if site.norm:
+            gain = block[f"{site.norm}.weight"].double()
+            for linear in site.linears:
+                out[f"{linear}.weight"] = (block[f"{linear}.weight"].double() * gain).float()
+            out[f"{site.norm}.weight"] = torch.ones_like(block[f"{site.norm}.weight"])
+    return out
+
+
+def rotate_block(block: Tensors, rotations: BlockRotations, family: Family, sizes: Sizes) -> Tensors:
+    """Rotate a block whose norms are folded. Returns new float32 tensors; `block` is not changed."""
+    wide = {name: tensor.double() for name, tensor in block.items() if name.rpartition(".")[0] in family.linears}
+    if rotations.residual is not None:
+        for site in family.sites:
+            if site.reads == "residual":
+                for linear in site.linears:
+                    wide[f"{linear}.weight"] = wide[f"{linear}.weight"] @ rotations.residual
+        for linear in family.writers:
+            wide[f"{linear}.weight"] = rotations.residual.T @ wide[f"{linear}.weight"]
+            if f"{linear}.bias" in wide:
+                wide[f"{linear}.bias"] = wide[f"{linear}.bias"] @ rotations.residual
+    if rotations.values is not None:
+        _rotate_values(wide, rotations.values, family, sizes)
+    if rotations.mlp_out is not None:
+        for linear in family.site_reading("hidden").linears:
+            wide[f"{linear}.weight"] = rotate_blocks(wide[f"{linear}.weight"], inverse_transpose(rotations.mlp_out))
+    return {name: wide[name].float() if name in wide else tensor for name, tensor in block.items()}
+
+
+def _rotate_values(wide: Tensors, rotation: Tensor, family: Family, sizes: Sizes) -> None:
+    """Rotate every value head: v_proj's output rows (and bias), and the same head's columns of its reader."""
+    heads = (sizes.num_kv_heads, sizes.head_dim)
+    value = wide[f"{family.value}.weight"].unflatten(0, heads)  # [kv, head_dim, hidden]
+    wide[f"{family.value}.weight"] = (rotation.transpose(1, 2) @ value).flatten(0, 1)
+    if f"{family.value}.bias" in wide:
+        bias = wide[f"{family.value}.bias"].unflatten(0, heads)
+        wide[f"{family.value}.bias"] = torch.einsum("hi,hij->hj", bias, rotation).flatten()
+    per_head = rotation.repeat_interleave(sizes.num_heads // sizes.num_kv_heads, dim=0)  # grouped queries share it
+    for linear in family.site_reading("values").linears:
+        wide[f"{linear}.weight"] = rotate_blocks(wide[f"{linear}.weight"], per_head)
+
+
+def rotate_rows(rows: Tensor, residual: Tensor | None, gain: Tensor | None = None) -> Tensor:
+    """Rows of the embedding or the head [vocab, d] in the rotated stream, (rows * gain) R, float32. The final norm's
+    gain folds into the head, which unties it from the embedding. In chunks: float64 doubles a large vocabulary."""
+    out = torch.empty(rows.shape, dtype=torch.float32)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = rows[start : start + _ROWS_AT_ONCE].double()
+        if gain is not None:
+            part = part * gain.double()
+        out[start : start + _ROWS_AT_ONCE] = part if residual is None else part @ residual
+    return out

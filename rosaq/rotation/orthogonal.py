@@ -1,0 +1,73 @@
+"""Orthogonal matrices: random ones, principal axes, and the shared online block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rosaq.rotation.hadamard import hadamard, has_hadamard
+
+
+def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
+    """R [n, n] float64, R Rᵀ = I: a randomised Hadamard matrix where one can be constructed, else Haar-distributed.
+
+    Hadamard entries all have magnitude 1/sqrt(n), so no weight column keeps an outlier; Haar is near that.
+    """
+    if has_hadamard(n):
+        signs = torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
+        return signs[:, None] * hadamard(n) / n**0.5
+    gauss = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    basis, upper = torch.linalg.qr(gauss)
+    return basis * torch.sign(torch.diagonal(upper))  # without the signs QR is not uniform over rotations
+
+
+def principal_axes(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigen-decomposition of second moments [k, k] float64: (values [k] descending, axes [k, k] as columns).
+
+    The sign of every axis is fixed (its largest entry is positive), so the result does not depend on the LAPACK used.
+    """
+    values, axes = torch.linalg.eigh(gram)
+    values, axes = values.flip(0), axes.flip(1)
+    largest = axes.abs().argmax(0)
+    return values, axes * torch.sign(axes[largest, torch.arange(axes.shape[1])])
+
+
+def pca_random_tail(gram: Tensor, num_principal: int, generator: torch.Generator) -> Tensor:
+    """R = [U_r | U_rest · random] [k, k] float64: r principal axes first, an incoherent basis of the rest.
+
+    The tail is mixed so that GPTQ's error feedback has correlations to use: in exact principal axes the second
+    moments are diagonal and GPTQ is round to nearest.
+    """
+    _, axes = principal_axes(gram)
+    tail = axes[:, num_principal:]
+    return torch.cat([axes[:, :num_principal], tail @ random_orthogonal(tail.shape[1], generator)], dim=1)
+
+
+def shared_hadamard_block(in_features: int, max_size: int = 128) -> Tensor:
+    """One Hadamard block [1, b, b] float16 for t = x · blockdiag(block, ..., block), b the largest power of 2 that
+    divides in_features, at most `max_size`.
+
+    Rounded to float16 as stored: 1/sqrt(b) is exact only for even powers of 2, so weights must be rotated with the
+    inverse of the stored block (`inverse_transpose`), not with the ideal one.
+    """
+    size = 1
+    while size < max_size and in_features % (2 * size) == 0:
+        size *= 2
+    if size < 16:
+        raise ValueError(f"hadamard block: got in_features {in_features}, need a multiple of 16")
+    return (hadamard(size) / size**0.5).to(torch.float16)[None]
+
+
+def inverse_transpose(rotation: Tensor) -> Tensor:
+    """R⁻ᵀ of every block [B, b, b] in float64: with t = x R, the weight W becomes W R⁻ᵀ (equal to W R only for an
+    exactly orthogonal R)."""
+    return torch.linalg.inv(rotation.double()).transpose(-1, -2)
+
+
+def rotate_blocks(x: Tensor, rotation: Tensor) -> Tensor:
+    """x [..., k] · blockdiag(rotation [B, b, b]) -> [..., k], in x's dtype; B is k / b, or 1 to share the block."""
+    blocks = x.unflatten(-1, (-1, rotation.shape[-1]))
+    rot = rotation.to(x.dtype)
+    if rot.shape[0] == 1:
+        return (blocks @ rot[0]).flatten(-2)
+    return torch.einsum("...ij,ijk->...ik", blocks, rot).flatten(-2)
