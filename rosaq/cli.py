@@ -31,6 +31,7 @@ from rosaq.text import builtin_text, read_text, select_documents
 app = typer.Typer(
     help="INT3/INT4 language models with 16-bit salient directions.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

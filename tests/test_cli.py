@@ -1,0 +1,190 @@
+"""The command line: every command on a tiny model, exit codes, and one line for what the user got wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rosaq.demo
+from rosaq.checkpoint import write_shards
+from rosaq.cli import main
+from rosaq.config import LinearFormat
+from tests.models import save_dense, save_rosaq, tiny_llama
+
+FAST = ["--group-size", "32", "--num-sequences", "4", "--sequence-length", "32"]
+
+
+@pytest.fixture(name="dense", scope="module")
+def _dense(tmp_path_factory):
+    return save_dense(tmp_path_factory.mktemp("models") / "dense")
+
+
+@pytest.fixture(name="quantised", scope="module")
+def _quantised(tmp_path_factory):
+    fmt = LinearFormat(3, 32, num_salient=4)
+    return save_rosaq(tmp_path_factory.mktemp("models") / "quantised", default=fmt)
+
+
+@pytest.fixture(name="text")
+def _text(tmp_path):
+    path = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": f"Document {number} tells of foxes, dogs and rivers. " * 8}) for number in range(6)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def run(capsys, *arguments):
+    """(exit code, stdout, stderr) of `rosaq ARGUMENTS`."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return stop.value.code or 0, captured.out, captured.err
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "rosaq-gptq"])
+def test_quantize_then_eval_inspect_and_generate(capsys, tmp_path, dense, text, recipe):
+    out, record = tmp_path / "out", tmp_path / "runs" / "quantize.json"
+    command = ["quantize", dense, "-o", out, "--recipe", recipe, "--calibration", text, "--documents", "0:4", *FAST]
+    code, stdout, stderr = run(capsys, *command, "--json", record)
+    assert code == 0, stderr
+    assert f"rosaq eval {out} --reference {dense}" in stdout.replace("\n", "")
+    values = json.loads(record.read_text())
+    assert values["command"] == "quantize"
+    assert values["request"]["documents"] == "0:4"
+    assert len(values["result"]["layers"]) == 14
+    assert values["environment"]["versions"]["torch"] == torch.__version__
+
+    record = tmp_path / "eval.json"
+    evaluation = ["eval", out, "--reference", dense, "--text", text, "--documents", "4:", "--context", "16"]
+    code, stdout, stderr = run(capsys, *evaluation, "--windows", "3", "--json", record)
+    assert code == 0, stderr
+    assert "3 windows of 16 tokens" in " ".join(stdout.split())
+    assert json.loads(record.read_text())["result"]["kl"] > 0
+
+    code, stdout, stderr = run(capsys, "inspect", out, "--layers")
+    assert code == 0, stderr
+    assert "down_proj" in stdout
+    assert "model.layers.1.mlp.up_proj" in stdout
+
+    code, stdout, _ = run(capsys, "generate", out, "The", "--max-new-tokens", "3")
+    assert code == 0
+    assert stdout.startswith("The")
+
+
+def test_sampling_is_repeatable_by_seed(capsys, quantised):
+    command = ["generate", quantised, "A", "--max-new-tokens", "8", "--temperature", "1.0", "--seed"]
+    first, again, other = (run(capsys, *command, seed)[1] for seed in ("3", "3", "4"))
+    assert first == again
+    assert first != other
+
+
+def test_doctor_speaks_text_and_json(capsys):
+    code, stdout, _ = run(capsys, "doctor")
+    assert code == 0
+    assert "transformers" in stdout
+    code, stdout, _ = run(capsys, "doctor", "--json")
+    facts = json.loads(stdout)
+    assert code == 0
+    assert facts["transformers"]["available"]
+    assert facts["cpu"]["active_isa"] in facts["cpu"]["isas"]
+    assert facts["cuda"]["available"] or facts["cuda"]["why"]
+
+
+def test_demo_runs_every_step(capsys, tmp_path, monkeypatch, dense):
+    # The tiny model stands in for the real one, which the quickstart itself runs on.
+    monkeypatch.setattr(rosaq.demo, "ensure_demo_model", lambda _: dense)
+    monkeypatch.setattr(rosaq.demo, "GROUP_SIZE", 32)
+    record = tmp_path / "demo.json"
+    command = ["demo", "--directory", tmp_path, "--windows", "2", "--num-sequences", "2", "--json", record]
+    code, stdout, stderr = run(capsys, *command)
+    assert code == 0, stderr
+    assert "rosaq-gptq" in stdout
+    assert "rosaq quantize MODEL -o OUT" in stdout
+    results = json.loads(record.read_text())["result"]
+    assert list(results) == ["original", "rtn", "rosaq-gptq"]
+    assert results["original"]["kl"] is None
+    assert results["rosaq-gptq"]["kl"] > 0
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def bad_requests():
+    """{what is wrong: (arguments with {names} of fixtures, what the line on stderr says)}."""
+    quantize = ["quantize", "{dense}", "-o", "{new}", *FAST]
+    return {
+        "no model": (["eval", "./none"], "error: model: got './none', which is no directory"),
+        "no model to quantise": (["quantize", "./none", "-o", "{new}"], "got './none'"),
+        "not a checkpoint": (["inspect", "{dense}"], "got no quantization_config"),
+        "no layers file": (["inspect", "{quantised}", "--layers"], "error: layers: got no rosaq_layers.json"),
+        "bits": ([*quantize, "--bits", "5"], "error: bits: got 5, need one of (3, 4)"),
+        "group size": (["quantize", "{dense}", "-o", "{new}", "--group-size", "48"], "group_size: got 48"),
+        "recipe": ([*quantize, "--recipe", "magic"], "recipe: got 'magic', need one of"),
+        "salient": ([*quantize, "--salient", "-1"], "salient: got -1, need 0 or more"),
+        "num sequences": ([*quantize, "--num-sequences", "0"], "num_sequences: got 0"),
+        "documents": ([*quantize, "--documents", "all"], "documents: got 'all', need START:STOP"),
+        "calibration": ([*quantize, "--calibration", "none.txt"], "none.txt: got no such file"),
+        "output exists": (["quantize", "{dense}", "-o", "{dense}", *FAST], "{dense}"),
+        "already quantised": (["quantize", "{quantised}", "-o", "{new}", *FAST], "quantised"),
+        "too little text": (["eval", "{dense}", "--text", "{text}", "--windows", "9999"], "text: got"),
+        "context": (["eval", "{dense}", "--context", "1"], "context: got 1, need at least 2"),
+        "dtype": (["eval", "{dense}", "--dtype", "int8"], "dtype: got 'int8'"),
+        "new tokens": (["generate", "{dense}", "x", "--max-new-tokens", "0"], "max_new_tokens: got 0"),
+        "temperature": (["generate", "{dense}", "x", "--temperature", "-1"], "temperature: got -1"),
+        "prompt": (["generate", "{dense}", ""], "prompt: got no tokens"),
+    }
+
+
+@pytest.mark.parametrize("wrong", bad_requests())
+def test_bad_request_is_one_line_and_exit_code_2(capsys, tmp_path, dense, quantised, text, wrong):
+    arguments, message = bad_requests()[wrong]
+    names = {"dense": dense, "quantised": quantised, "text": text, "new": tmp_path / "new"}
+    code, stdout, stderr = run(capsys, *(argument.format(**names) for argument in arguments))
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert code == 2
+    assert len(lines) == 1
+    assert stderr.rstrip().endswith(lines[0])
+    assert message.format(**names) in lines[0]
+    assert "Traceback" not in stderr + stdout
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("arguments", [["colour"], ["eval"], ["quantize", "x"], ["eval", "x", "--windows", "many"]])
+def test_usage_errors_exit_with_2(capsys, arguments):
+    assert run(capsys, *arguments)[0] == 2
+
+
+def test_damaged_checkpoint_is_named(capsys, tmp_path):
+    damaged = save_rosaq(tmp_path / "damaged", default=LinearFormat(3, 32))
+    path = damaged / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    code, _, stderr = run(capsys, "inspect", damaged)
+    assert code == 2
+    assert str(path) in stderr.replace("\n", "")
+
+
+def test_pickles_are_not_opened(capsys, tmp_path):
+    model = tiny_llama().half()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    code, _, stderr = run(capsys, "quantize", tmp_path, "-o", tmp_path / "new", *FAST)
+    assert code == 2
+    assert "pytorch_model.bin" in stderr
+
+
+def test_unexpected_exceptions_keep_their_traceback(monkeypatch, quantised):
+    def broken(_):
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("rosaq.cli.read_config", broken)
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        main(["inspect", str(quantised)])
+
+
+def test_module_runs_as_a_program(tmp_path):
+    write_shards(tmp_path, [("a", torch.zeros(1))])
+    done = subprocess.run([sys.executable, "-m", "rosaq.cli", "inspect", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
