@@ -15,6 +15,7 @@ from rosaq.config import LinearFormat
 from rosaq.integrations.transformers import RosaqConfig, RosaqHfQuantizer
 from rosaq.linear import PACKED_NAMES, RosaqLinear
 from tests.models import save_rosaq, tiny_llama, tiny_mistral, vandalise
+from tests.tolerances import assert_as_good_as
 
 FORMATS = {
     "int3-salient": {"default": LinearFormat(3, 32, num_salient=4)},
@@ -42,21 +43,17 @@ def logits_of(model):
     return model(INPUT_IDS).logits
 
 
-def dense_twin(model):
-    """The same weights as ordinary linears of float64, to judge by."""
-    return model.dequantize(torch.float64).double()
+def dense_twin(checkpoint, dtype):
+    """The model of the same weights as ordinary linears of `dtype`, to judge by."""
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).dequantize(dtype).to(dtype)
 
 
-def test_loaded_model_computes_what_its_dense_twin_computes(checkpoint):
-    logits = logits_of(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32))
-    twin = dense_twin(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32))
-    assert not any(isinstance(module, RosaqLinear) for module in twin.modules())
-    assert_close_to_twin(logits, logits_of(twin))
-
-
-def assert_close_to_twin(logits, want):
-    worst = ((logits.double() - want).norm() / want.norm()).item()
-    assert worst < 2**-12, f"relative error {worst:.2e}"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_loaded_model_computes_what_its_dense_twin_computes(checkpoint, dtype):
+    logits = logits_of(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype))
+    exact, plain = dense_twin(checkpoint, torch.float64), dense_twin(checkpoint, dtype)
+    assert not any(isinstance(module, RosaqLinear) for module in exact.modules())
+    assert_as_good_as(logits, logits_of(plain), logits_of(exact))
 
 
 def test_linears_are_swapped_packed_and_the_head_is_not(checkpoint):
