@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -121,6 +123,36 @@ def test_one_copy_is_held_in_memory(fmt):
     stored = sum(t.nbytes for t in tensors.values())
     # Packing may pad and may widen the zero points; a second copy would come near twice the bytes.
     assert storages(linear) <= 1.3 * stored + 4096
+
+
+MEASURE = """
+import re, torch, rosaq
+from rosaq.config import LinearFormat
+from rosaq.linear import RosaqLinear
+
+def resident():
+    return 1024 * int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read()).group(1))
+
+def layer():
+    n = k = 2048
+    return RosaqLinear.from_tensors({
+        "qweight": torch.randint(-2**31, 2**31 - 1, (n, k // 8), dtype=torch.int32),
+        "scales": torch.ones(n, k // 64, dtype=torch.float16),
+        "zeros": torch.full((n, k // 64), 8, dtype=torch.uint8),
+    }, LinearFormat(4, 64))
+
+warm = layer()(torch.randn(1, 2048))
+before = resident()
+layers = [layer() for _ in range(16)]
+state = [x.state_dict()["scales"].sum() for x in layers]
+print((resident() - before) / sum(t.nbytes for x in layers for t in x.state_dict().values()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_process_holds_one_copy():
+    done = subprocess.run([sys.executable, "-c", MEASURE], check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 1.4
 
 
 def test_state_dict_is_the_disk_layout(fmt):

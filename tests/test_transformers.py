@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import rosaq.integrations.autoload as autoload
+from rosaq.checkpoint import total_bytes
 from rosaq.config import LinearFormat
 from rosaq.integrations.transformers import RosaqConfig, RosaqHfQuantizer
 from rosaq.linear import PACKED_NAMES, RosaqLinear
@@ -96,12 +97,24 @@ def test_base_model_and_other_families_load(tmp_path):
     assert isinstance(AutoModelForCausalLM.from_pretrained(mistral).model.layers[0].mlp.up_proj, RosaqLinear)
 
 
-@torch.no_grad()
-def test_compiles_whole(salient_checkpoint):
+@pytest.mark.parametrize("grad", [True, False])
+def test_model_compiles_whole(salient_checkpoint, grad):
     model = AutoModelForCausalLM.from_pretrained(salient_checkpoint, dtype=torch.float32)
-    layer = torch.compile(model.model.layers[0].mlp, fullgraph=True, backend="aot_eager")
-    x = torch.randn(3, 64)
-    assert torch.equal(layer(x), model.model.layers[0].mlp(x))
+    with torch.set_grad_enabled(grad):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(INPUT_IDS).logits, model(INPUT_IDS).logits)
+
+
+def test_nothing_pretends_to_have_a_gradient(salient_checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(salient_checkpoint)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model(INPUT_IDS).logits.requires_grad
+
+
+def test_memory_footprint_is_that_of_the_file(salient_checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(salient_checkpoint)
+    # Headers and padding of 14 tiny packed linears; a second copy of the codes would be far more.
+    assert model.get_memory_footprint() <= 1.25 * total_bytes(salient_checkpoint)
 
 
 def test_disk_offload_computes_the_same(salient_checkpoint, tmp_path):

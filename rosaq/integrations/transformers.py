@@ -69,6 +69,8 @@ class RosaqHfQuantizer(HfQuantizer):
                     raise ValueError(f"{name}.{key}: got no such tensor in the checkpoint, need it")
             module.check(name)
             module.pack()
+        # The ops have no gradient: one that skips every quantised layer is worse than none.
+        model.requires_grad_(False)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
