@@ -6,6 +6,8 @@ and name the op, the argument, what it got and what it needs. The ops are for in
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def prepack(qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) ->
 def unprepack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """The blob of `prepack` -> (qweight, scales, zeros), bit for bit as they went in.
 
-    Cannot be traced: the shapes of what it returns are in the blob's bytes. RuntimeError unless `packed` is a whole blob.
+    Cannot be traced: the shapes of what it returns are in the blob's bytes. RuntimeError if `packed` is no whole blob.
     """
     return torch.ops.rosaq.unprepack.default(packed)  # type: ignore[no-any-return]
 
@@ -97,46 +99,42 @@ def unpack(qweight: Tensor, bits: int) -> Tensor:
 # --- fakes: the shape contracts again, for torch.compile and friends -----------------------------------------------
 
 
+def _need(ok: bool | torch.SymBool, message: str) -> None:
+    torch._check(ok, lambda: message)
+
+
 def _check_bits(op: str, bits: int) -> None:
-    torch._check(bits in SUPPORTED_BITS, lambda: f"rosaq::{op}: bits: got {bits}, need one of {SUPPORTED_BITS}")
+    _need(bits in SUPPORTED_BITS, f"rosaq::{op}: bits: got {bits}, need one of {SUPPORTED_BITS}")
 
 
-def _check_qweight(op: str, qweight: Tensor, bits: int) -> None:
-    _check_bits(op, bits)
-    torch._check(
-        qweight.dtype == torch.int32 and qweight.dim() == 2 and qweight.size(1) % bits == 0,
-        lambda: f"rosaq::{op}: qweight: got {qweight.dtype} {tuple(qweight.shape)}, need int32 [n, k * bits / 32]",
-    )
+def _shape(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
 
 
-@torch.library.register_fake("rosaq::prepack")
-def _(qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
-    _check_qweight("prepack", qweight, bits)
-    n, k = qweight.size(0), qweight.size(1) // bits * 32
-    torch._check(
-        scales.dim() == 2 and scales.size(0) == n,
-        lambda: f"rosaq::prepack: scales: got shape {tuple(scales.shape)}, need [{n}, k / group_size]",
+def _fake_prepack(qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+    k = _fake_unpack(qweight, bits, op="prepack").size(1)
+    n, groups = qweight.size(0), scales.size(-1)
+    _need(
+        scales.dim() == 2 and scales.size(0) == n and groups > 0 and k % groups == 0,
+        f"rosaq::prepack: scales: got {_shape(scales)}, need [{n}, k / group_size]",
     )
     if zeros is not None:
-        torch._check(
+        _need(
             zeros.dtype == torch.uint8 and zeros.shape == scales.shape,
-            lambda: f"rosaq::prepack: zeros: got {zeros.dtype} {tuple(zeros.shape)}, need uint8 as scales",
+            f"rosaq::prepack: zeros: got {_shape(zeros)}, need uint8 {list(scales.shape)}",
         )
-    return qweight.new_empty(
-        _C.packed_bytes(int(n), int(k), bits, int(k // scales.size(1)), zeros is None), dtype=torch.uint8
-    )
+    packed_bytes = _C.packed_bytes(int(n), int(k), bits, int(k // groups), zeros is None)
+    return qweight.new_empty(packed_bytes, dtype=torch.uint8)
 
 
-@torch.library.register_fake("rosaq::unprepack")
-def _(packed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _fake_unprepack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     raise NotImplementedError(
-        f"rosaq::unprepack: packed: got a fake tensor {tuple(packed.shape)}, need a real one: "
+        f"rosaq::unprepack: packed: got a fake tensor {_shape(packed)}, need a real one: "
         "the output shapes are in its bytes, so the op cannot be traced"
     )
 
 
-@torch.library.register_fake("rosaq::fused_gemm")
-def _(
+def _fake_fused_gemm(
     x: Tensor,
     packed: Tensor,
     salient_weight: Tensor | None,
@@ -147,52 +145,52 @@ def _(
     out_features: int,
     bits: int,
     group_size: int,
-    symmetric: bool,  # noqa: ARG001  (fakes must have the schema's names)
+    symmetric: bool,  # noqa: ARG001  (a fake has the arguments of its op)
 ) -> Tensor:
+    op = "rosaq::fused_gemm"
     _check_bits("fused_gemm", bits)
-    torch._check(
-        group_size == -1 or (group_size >= 32 and group_size % 32 == 0),
-        lambda: f"rosaq::fused_gemm: group_size: got {group_size}, need a positive multiple of 32, or -1",
-    )
-    torch._check(x.dtype in _FLOATS, lambda: f"rosaq::fused_gemm: x: got dtype {x.dtype}, need one of {_FLOATS}")
-    torch._check(x.dim() >= 1, lambda: "rosaq::fused_gemm: x: got a scalar, need [..., k]")
-    torch._check(
-        packed.dtype == torch.uint8 and packed.dim() == 1,
-        lambda: f"rosaq::fused_gemm: packed: got {packed.dtype} {tuple(packed.shape)}, need uint8, 1-D",
-    )
+    _need(group_size == -1 or group_size >= 32, f"{op}: group_size: got {group_size}, need 32 or more, or -1")
+    _need(x.dtype in _FLOATS and x.dim() >= 1, f"{op}: x: got {_shape(x)}, need a 16 or 32-bit float [..., k]")
+    _need(packed.dtype == torch.uint8 and packed.dim() == 1, f"{op}: packed: got {_shape(packed)}, need uint8, 1-D")
     if salient_weight is not None:
-        torch._check(
-            (salient_index is None) != (salient_basis is None),
-            lambda: "rosaq::fused_gemm: salient_weight: need exactly one of salient_index and salient_basis",
-        )
-        torch._check(
-            salient_weight.dim() == 2 and salient_weight.size(0) == out_features,
-            lambda: f"rosaq::fused_gemm: salient_weight: got {tuple(salient_weight.shape)}, need [{out_features}, r]",
-        )
+        one_of_two = (salient_index is None) != (salient_basis is None)
+        _need(one_of_two, f"{op}: salient_weight: need exactly one of salient_index and salient_basis")
+        fits = salient_weight.dim() == 2 and salient_weight.size(0) == out_features
+        _need(fits, f"{op}: salient_weight: got {_shape(salient_weight)}, need [{out_features}, r]")
     if rotation is not None:
-        torch._check(
-            rotation.dim() == 3 and rotation.size(1) == rotation.size(2),
-            lambda: f"rosaq::fused_gemm: rotation: got shape {tuple(rotation.shape)}, need [B, b, b]",
-        )
+        square = rotation.dim() == 3 and rotation.size(1) == rotation.size(2)
+        _need(square, f"{op}: rotation: got {_shape(rotation)}, need [B, b, b]")
     if bias is not None:
-        torch._check(
-            bias.dim() == 1 and bias.size(0) == out_features,
-            lambda: f"rosaq::fused_gemm: bias: got shape {tuple(bias.shape)}, need [{out_features}]",
+        _need(
+            bias.dim() == 1 and bias.size(0) == out_features, f"{op}: bias: got {_shape(bias)}, need [{out_features}]"
         )
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@torch.library.register_fake("rosaq::pack")
-def _(codes: Tensor, bits: int) -> Tensor:
+def _fake_pack(codes: Tensor, bits: int) -> Tensor:
     _check_bits("pack", bits)
-    torch._check(
+    _need(
         codes.dtype == torch.uint8 and codes.dim() == 2 and codes.size(1) % 32 == 0,
-        lambda: f"rosaq::pack: codes: got {codes.dtype} {tuple(codes.shape)}, need uint8 [n, k], k a multiple of 32",
+        f"rosaq::pack: codes: got {_shape(codes)}, need uint8 [n, k] with k a multiple of 32",
     )
     return codes.new_empty((codes.size(0), codes.size(1) // 32 * bits), dtype=torch.int32)
 
 
-@torch.library.register_fake("rosaq::unpack")
-def _(qweight: Tensor, bits: int) -> Tensor:
-    _check_qweight("unpack", qweight, bits)
+def _fake_unpack(qweight: Tensor, bits: int, op: str = "unpack") -> Tensor:
+    _check_bits(op, bits)
+    _need(
+        qweight.dtype == torch.int32 and qweight.dim() == 2 and qweight.size(1) % bits == 0,
+        f"rosaq::{op}: qweight: got {_shape(qweight)}, need int32 [n, k * bits / 32]",
+    )
     return qweight.new_empty((qweight.size(0), qweight.size(1) // bits * 32), dtype=torch.uint8)
+
+
+_FAKES: dict[str, Callable[..., object]] = {
+    "prepack": _fake_prepack,
+    "unprepack": _fake_unprepack,
+    "fused_gemm": _fake_fused_gemm,
+    "pack": _fake_pack,
+    "unpack": _fake_unpack,
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"rosaq::{_name}", _fake)

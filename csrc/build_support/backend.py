@@ -1,7 +1,7 @@
 """PEP 517 backend: setuptools, plus torch as a build requirement only where the user has none.
 
 Naming torch in build-system.requires would make a build isolated by pip download a second one, several gigabytes,
-though the user's own is in reach (find_torch.py). The extension uses the stable ABI, so any torch may supply the headers.
+though the user's own is in reach (find_torch.py). With the stable ABI it does not matter which torch has the headers.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ class Build:
 
     def compile_command(self, source: str, kind: str, flags: list[str]) -> list[str]:
         includes = list(self.include_dirs) + ([self.torch_dir / "include"] if kind == TORCH else [])
-        defines = ["-DROSAQ_X86"] if is_x86() else []
+        # Error messages quote source files: relative to the project, not to this machine.
+        defines = [f"-fmacro-prefix-map={self.csrc.parent}/=", *(["-DROSAQ_X86"] if is_x86() else [])]
         command = [*compiler(), *COMMON_FLAGS, *defines, *flags, *(TORCH_FLAGS if kind == TORCH else [])]
         # torch's own headers are not ours to warn about.
         command += [part for folder in includes for part in ("-isystem", str(folder))]
@@ -130,4 +131,7 @@ def build(job: Build, output: Path, jobs: int) -> None:
             stale.append(job.compile_command(source, kind, flags))
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(_run, stale))
-    _run(job.link_command(output))
+    # A process that has the old library mapped must keep it whole: link beside it, then rename over it.
+    linked = output.with_suffix(".new")
+    _run(job.link_command(linked))
+    linked.replace(output)

@@ -17,13 +17,17 @@ int64_t padded(int64_t k) {
     return (round_up<int64_t>(k, 16) / 16 | 1) * 16;
 }
 
-struct Workspace {
-    int64_t t, rotated, s, planes, sums, exponents, total;  // byte offsets
-};
-
 int64_t num_digits(const FusedGemmArgs& a) {
     return a.x.dtype == DType::kFloat32 ? 4 : 3;
 }
+
+int64_t digit_row_bytes(const FusedGemmArgs& a) {
+    return (ceil_div(num_digits(a) * a.weight.k, kLineBytes) | 1) * kLineBytes;
+}
+
+struct Workspace {
+    int64_t t, rotated, s, planes, sums, exponents, total;  // byte offsets
+};
 
 Workspace plan(const FusedGemmArgs& a) {
     Workspace w{};
@@ -37,7 +41,7 @@ Workspace plan(const FusedGemmArgs& a) {
     w.t = take(a.m * padded(k) * 4);
     w.rotated = take(a.rotation_size ? a.m * padded(k) * 4 : 0);
     w.s = take(a.r ? a.m * padded(a.r) * 4 : 0);
-    w.planes = take(stream ? a.m * num_digits(a) * k : 0);
+    w.planes = take(stream ? a.m * digit_row_bytes(a) : 0);
     w.sums = take(stream ? a.m * num_digits(a) * chunks * 4 : 0);
     w.exponents = take(stream ? a.m * chunks * 4 : 0);
     return w;
@@ -125,7 +129,7 @@ void fused_gemm(const FusedGemmArgs& args, void* workspace, const Parallel& para
     }
     if (args.m <= kMaxStreamTokens)
         p.digits = {static_cast<int>(num_digits(args)), reinterpret_cast<int8_t*>(base + plan_.planes),
-                    reinterpret_cast<int32_t*>(base + plan_.sums),
+                    digit_row_bytes(args), reinterpret_cast<int32_t*>(base + plan_.sums),
                     reinterpret_cast<float*>(base + plan_.exponents)};
     steps.main_loop(p);
 }

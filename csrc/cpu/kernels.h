@@ -21,7 +21,8 @@ static constexpr int64_t chunk_k(int64_t group_size) {
 // t as fixed point: per row and chunk c,  t = exponent[c] * sum_p digits[p] * 256^(num_digits-1-p).
 struct Digits {
     int num_digits = 0;        // 3 or 4 signed bytes
-    int8_t* planes = nullptr;  // [m, num_digits, k]
+    int8_t* planes = nullptr;  // [m, k / chunk, num_digits, chunk], rows row_bytes apart
+    int64_t row_bytes = 0;     // an odd number of cache lines: tokens must not share L1 sets
     int32_t* sums = nullptr;   // [m, k / chunk, num_digits]: sum of each digit over the chunk
     float* exponents =
         nullptr;  // [m, k / chunk]: a power of two; 0 for a chunk of zeros; NaN if one is not finite

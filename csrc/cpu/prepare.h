@@ -26,7 +26,7 @@ constexpr int32_t kSmallestExponent = 127 - 90;
 // (-128..127). Two bits of headroom: the top digit of a balanced number reaches 127 only.
 template <class S, int kDigits>
 __attribute__((always_inline)) inline void chunk_digits(const float* t, int64_t chunk, int8_t* planes,
-                                                        int64_t k, int32_t* sums, float* exponent) {
+                                                        int32_t* sums, float* exponent) {
     using I = typename S::I;
     constexpr int32_t kFixedBits = 8 * kDigits - 2;
     // As integers the magnitudes of floats keep their order, with infinity and NaN on top.
@@ -39,7 +39,7 @@ __attribute__((always_inline)) inline void chunk_digits(const float* t, int64_t 
         *exponent = biased == 255 ? float_from_bits(0x7fc00000u) : 0.0f;
         for (int d = 0; d < kDigits; ++d) {
             sums[d] = 0;
-            std::memset(planes + d * k, 0, static_cast<size_t>(chunk));
+            std::memset(planes + d * chunk, 0, static_cast<size_t>(chunk));
         }
         return;
     }
@@ -51,7 +51,7 @@ __attribute__((always_inline)) inline void chunk_digits(const float* t, int64_t 
         I value = S::to_int(S::mul_f(S::load_f(t + i), scale));
         for (int d = kDigits - 1; d >= 0; --d) {
             const I digit = S::template sar<24>(S::template shl<24>(value));
-            S::store_low_bytes(planes + d * k + i, digit);
+            S::store_low_bytes(planes + d * chunk + i, digit);
             sum[d] = S::add_i(sum[d], digit);
             value = S::template sar<8>(S::sub_i(value, digit));
         }
@@ -62,15 +62,15 @@ __attribute__((always_inline)) inline void chunk_digits(const float* t, int64_t 
 template <class S>
 void make_digits(const float* t, int64_t ldt, int64_t row, int64_t k, int64_t chunk, const Digits& out) {
     const int64_t num_chunks = k / chunk, digits = out.num_digits;
-    int8_t* planes = out.planes + row * digits * k;
+    int8_t* planes = out.planes + row * out.row_bytes;
     for (int64_t c = 0; c < num_chunks; ++c) {
         int32_t* sums = out.sums + (row * num_chunks + c) * digits;
         float* exponent = out.exponents + row * num_chunks + c;
         const float* in = t + row * ldt + c * chunk;
         if (digits == 3)
-            chunk_digits<S, 3>(in, chunk, planes + c * chunk, k, sums, exponent);
+            chunk_digits<S, 3>(in, chunk, planes + c * digits * chunk, sums, exponent);
         else
-            chunk_digits<S, 4>(in, chunk, planes + c * chunk, k, sums, exponent);
+            chunk_digits<S, 4>(in, chunk, planes + c * digits * chunk, sums, exponent);
     }
 }
 

@@ -44,22 +44,22 @@ struct StreamTile {
 
     template <int kQuad>
     __attribute__((always_inline)) void step(const BlockWords<S, kBits>& words, const int8_t* digits,
-                                             int64_t k) {
+                                             int64_t row_bytes, int64_t chunk) {
         const I codes = words.template quad<kQuad>();
         for (int m = 0; m < kRows; ++m)
             for (int d = 0; d < kDigits; ++d) {
                 I& a = acc[kQuad % kSets][m][d];
-                a = S::dot(a, codes, digits + (m * kDigits + d) * k + kQuad * kQuadK);
+                a = S::dot(a, codes, digits + m * row_bytes + d * chunk + kQuad * kQuadK);
             }
     }
 
     __attribute__((always_inline)) void block(const uint8_t* codes, int sub, const int8_t* digits,
-                                              int64_t k) {
+                                              int64_t row_bytes, int64_t chunk) {
         const BlockWords<S, kBits> words(codes, sub);
-        step<0>(words, digits, k), step<1>(words, digits, k), step<2>(words, digits, k),
-            step<3>(words, digits, k);
-        step<4>(words, digits, k), step<5>(words, digits, k), step<6>(words, digits, k),
-            step<7>(words, digits, k);
+        step<0>(words, digits, row_bytes, chunk), step<1>(words, digits, row_bytes, chunk),
+            step<2>(words, digits, row_bytes, chunk), step<3>(words, digits, row_bytes, chunk);
+        step<4>(words, digits, row_bytes, chunk), step<5>(words, digits, row_bytes, chunk),
+            step<6>(words, digits, row_bytes, chunk), step<7>(words, digits, row_bytes, chunk);
     }
 
     // The chunk's sum as a float: digits pair up in int32 exactly, two conversions round once each.
@@ -84,7 +84,7 @@ void stream_panel(const MainLoop& p, int64_t panel_idx, int64_t row0) {
     const PanelView panel(w, panel_idx);
     const int64_t chunk_size = chunk_k(w.group_size), num_chunks = w.k / chunk_size;
     const int64_t chunks_per_group = w.group_size / chunk_size, blocks = chunk_size / kBlockK;
-    const int8_t* digits = p.digits.planes + row0 * kDigits * w.k;
+    const int8_t* digits = p.digits.planes + row0 * p.digits.row_bytes;
     const uint8_t* codes = panel.codes;
 
     F y[kRows][Tile::kSubs];
@@ -101,7 +101,7 @@ void stream_panel(const MainLoop& p, int64_t panel_idx, int64_t row0) {
                 if (sub == 0)
                     for (int i = 0; i < kBits; ++i)
                         __builtin_prefetch(block + kPrefetchBytes + i * kLineBytes);
-                tile.block(block, sub, digits + b * kBlockK, w.k);
+                tile.block(block, sub, digits + b * kBlockK, p.digits.row_bytes, chunk_size);
             }
             const F scale =
                 S::load_any(panel.scales + (group * kPanelRows + sub * S::kLanes) * 2, w.scale_dtype);
@@ -111,7 +111,7 @@ void stream_panel(const MainLoop& p, int64_t panel_idx, int64_t row0) {
             }
         }
         codes += blocks * kBits * kLineBytes;
-        digits += chunk_size;
+        digits += kDigits * chunk_size;
         if (--left_in_group == 0) ++group, left_in_group = chunks_per_group;
     }
 

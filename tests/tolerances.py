@@ -1,0 +1,50 @@
+"""The only file with float tolerances. One rule: an op may lose at most twice what plain PyTorch loses in x's dtype.
+
+The error of a column is its root mean square over the tokens, as a share of the root mean square of all of y: a mean
+over columns would let one wrong column of thousands pass, and a column's own size is near zero when there is one token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FACTOR = 2.0
+# Never below a few units in the last place: plain PyTorch is sometimes exact by luck, with one token above all.
+FLOORS = {torch.float32: 2.0**-20, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+def worst_column_error(got: Tensor, want: Tensor) -> float:
+    """Largest column error of got [..., n] against want float64 [..., n], relative to the RMS of want; 0 if empty."""
+    if want.numel() == 0:
+        return 0.0
+    error = (got.double() - want).reshape(-1, want.size(-1)).pow(2).mean(0).sqrt().max()
+    return float(error / want.pow(2).mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def assert_as_good_as(got: Tensor, plain: Tensor, want: Tensor) -> None:
+    """got may be at most FACTOR times as wrong as `plain`, PyTorch's own result in got's dtype."""
+    assert got.shape == want.shape, f"shape {tuple(got.shape)}, want {tuple(want.shape)}"
+    assert got.dtype == plain.dtype, f"dtype {got.dtype}, want {plain.dtype}"
+    limit = max(FACTOR * worst_column_error(plain, want), FLOORS[got.dtype])
+    worst = worst_column_error(got, want)
+    assert worst <= limit, f"worst column error {worst:.2e}, limit {limit:.2e}"
+
+
+def assert_close_in(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    """got equals want up to the rounding of `dtype` (the floor of the rule above)."""
+    worst = worst_column_error(got, want.double())
+    assert worst <= FLOORS[dtype], f"worst column error {worst:.2e}, limit {FLOORS[dtype]:.2e}"
+
+
+def assert_tight(got: Tensor, want: Tensor) -> None:
+    """float64 algebra: equal up to a few thousand roundings of float64, relative to the largest magnitude."""
+    error = (got.double() - want.double()).abs().max() / want.double().abs().max()
+    assert error <= 2.0**-40, f"error {error:.2e}, limit {2.0**-40:.2e}"
+
+
+def assert_same_function(got: Tensor, want: Tensor, stored_in: torch.dtype = torch.float32) -> None:
+    """Two ways to compute a block or a model: equal up to the roundings of many layers, each a floor of `stored_in`."""
+    limit = 16 * FLOORS[stored_in]
+    worst = worst_column_error(got, want.double())
+    assert worst <= limit, f"worst column error {worst:.2e}, limit {limit:.2e}"
