@@ -8,8 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rosaq.checkpoint import WeightReader, read_config, read_header, total_bytes, write_shards
+from rosaq.checkpoint import (
+    WeightReader,
+    bits_per_weight,
+    linear_bytes,
+    linear_sizes,
+    read_config,
+    read_header,
+    total_bytes,
+    write_shards,
+)
 from rosaq.config import CheckpointConfig, LinearFormat
+from tests.models import save_rosaq, vandalise
 
 
 def some_tensors():
@@ -71,7 +81,7 @@ def test_interrupted_writing_leaves_nothing(tmp_path):
 def test_full_disk_is_told_before_and_while_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
     with monkeypatch.context() as patch:
-        patch.setattr("rosaq.checkpoint.shutil.disk_usage", lambda _: usage)
+        patch.setattr("rosaq.checkpoint.writer.shutil.disk_usage", lambda _: usage)
         with pytest.raises(OSError, match="disk full: got 10 bytes free, need 256") as error:
             write_shards(tmp_path, some_tensors().items(), 1)
     assert error.value.errno == errno.ENOSPC
@@ -79,7 +89,7 @@ def test_full_disk_is_told_before_and_while_writing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("rosaq.checkpoint.save_file", full)
+    monkeypatch.setattr("rosaq.checkpoint.writer.save_file", full)
     with pytest.raises(OSError, match="disk full"):
         write_shards(tmp_path, some_tensors().items(), 1)
     assert list(tmp_path.iterdir()) == []
@@ -205,3 +215,55 @@ def test_missing_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="need UTF-8 JSON"):
         read_config(tmp_path)
+
+
+# --- the layout of the quantised linears ----------------------------------------------------------------------------
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def test_layout_of_a_sound_checkpoint(tmp_path):
+    save_rosaq(tmp_path, default=LinearFormat(3, 32, num_salient=4))
+    sizes = linear_sizes(read_config(tmp_path), WeightReader(tmp_path))
+    assert len(sizes) == 14
+    assert sizes["model.layers.1.mlp.down_proj"] == (64, 128)
+    # 3 bits, 16 + 8 per group of 32; 16 bits of every salient weight and 32 of every index
+    q_bits = 3 * 64 * 64 + 24 * 64 * 2 + 4 * (64 * 16 + 32)
+    reader = WeightReader(tmp_path)
+    assert 8 * linear_bytes(reader, read_config(tmp_path), Q_PROJ, sizes[Q_PROJ]) == q_bits
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{Q_PROJ}.scales"), r"scales: got no such tensor, need float16 \[64, 2\]"),
+        (
+            lambda t: t.update({f"{Q_PROJ}.zeros": torch.zeros(64, 1, dtype=torch.uint8)}),
+            r"zeros: got uint8 \[64, 1\], need uint8 \[64, 2\]",
+        ),
+        (
+            lambda t: t.update({f"{Q_PROJ}.scales": t[f"{Q_PROJ}.scales"].bfloat16()}),
+            r"scales: got bfloat16 \[64, 2\], need float16",
+        ),
+        (
+            lambda t: t.update({f"{Q_PROJ}.g_idx": torch.zeros(64, dtype=torch.int32)}),
+            r"g_idx: got int32 \[64\], need no such tensor",
+        ),
+        (
+            lambda t: t.update({f"{Q_PROJ}.qweight": t[f"{Q_PROJ}.qweight"][:, :5].contiguous()}),
+            "in_features: got 53, need a positive multiple of 32",
+        ),
+    ],
+)
+def test_layout_against_the_config_is_refused(tmp_path, change, message):
+    save_rosaq(tmp_path, default=LinearFormat(3, 32, num_salient=4))
+    vandalise(tmp_path, change)
+    with pytest.raises(ValueError, match=f"{Q_PROJ}.*{message}"):
+        bits_per_weight(tmp_path)
+
+
+def test_dense_checkpoint_has_no_bits_to_count(tmp_path):
+    write_config(tmp_path)
+    write_shards(tmp_path, [("a.weight", torch.zeros(4))])
+    with pytest.raises(ValueError, match="got no quantised linear"):
+        bits_per_weight(tmp_path)

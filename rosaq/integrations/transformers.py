@@ -6,6 +6,7 @@ transformers only warns about tensors that are missing, and then runs on random 
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from rosaq.checkpoint import INDEX_FILE, SINGLE_FILE, WeightReader, linear_sizes
 from rosaq.config import QUANT_METHOD, CheckpointConfig
 from rosaq.linear import RosaqLinear
 
@@ -43,8 +45,8 @@ class RosaqHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        del kwargs
         config = CheckpointConfig.from_dict(self.quantization_config.to_dict())
+        check_files(kwargs.get("checkpoint_files"), config)
         skip = [*config.modules_to_not_convert, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
         for name, module in list(model.named_modules()):
             if type(module) is not nn.Linear or not should_convert_module(name, skip):
@@ -89,6 +91,17 @@ class RosaqHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def check_files(checkpoint_files: list[str] | None, config: CheckpointConfig) -> None:
+    """ValueError, naming the tensor, if the files do not hold what `config` says; reads headers only.
+
+    transformers drops tensors it has no place for (zeros where the config says symmetric) with a warning.
+    """
+    directory = Path(checkpoint_files[0]).parent if checkpoint_files else None
+    # Files under other names (a `variant`) are left to transformers and to the checks after loading.
+    if directory and any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        linear_sizes(config, WeightReader(directory))
 
 
 def dense_linear(linear: RosaqLinear, dtype: torch.dtype) -> nn.Linear:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from rosaq.checkpoint import WeightReader, read_config, read_json
+from rosaq.checkpoint import WeightReader, linear_bytes, linear_sizes, read_config, read_json
 
 LAYERS_FILE = "rosaq_layers.json"
 
@@ -26,21 +26,15 @@ def linears_by_kind(directory: str | Path) -> list[dict[str, Any]]:
     """One dict per kind of linear ("q_proj", "down_proj", ...): count, shape, bits per weight, bytes, SQNR in dB."""
     config, reader = read_config(directory), WeightReader(directory)
     sqnr = {layer["name"]: layer["sqnr_db"] for layer in read_layers(directory)}
+    sizes = linear_sizes(config, reader)
     modules: dict[str, list[str]] = defaultdict(list)
-    for name in reader.names():
-        if name.endswith(".qweight"):
-            module = name.removesuffix(".qweight")
-            modules[module.rpartition(".")[2]].append(module)
+    for module in sizes:
+        modules[module.rpartition(".")[2]].append(module)
     kinds = []
     for kind, names in modules.items():
-        num_bytes, num_weights, shapes = 0, 0, set()
-        for module in names:
-            fmt = config.format_of(module)
-            n, num_words = reader.shape(f"{module}.qweight")
-            k = num_words * 32 // fmt.bits
-            num_bytes += sum(reader.nbytes(f"{module}.{tensor}") for tensor in fmt.tensor_shapes(k, n))
-            num_weights += n * k
-            shapes.add(f"{n} x {k}")
+        num_bytes = sum(linear_bytes(reader, config, name, sizes[name]) for name in names)
+        num_weights = sum(n * k for n, k in map(sizes.__getitem__, names))
+        shapes = {f"{n} x {k}" for n, k in map(sizes.__getitem__, names)}
         decibels = [sqnr[name] for name in names if sqnr.get(name) is not None]
         kinds.append(
             {

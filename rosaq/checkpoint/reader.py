@@ -1,30 +1,18 @@
-"""Checkpoint directories: config.json and safetensors shards, read lazily by name and written shard by shard.
-
-A model need not fit into memory: `WeightReader.get` maps one tensor, `write_shards` holds one shard. Files that are
-damaged, missing or outside the directory are refused with the file's name and the bytes got and needed. Nothing is
-ever unpickled.
-"""
+"""Reading: headers first, checked against the files' sizes; tensors when they are asked for."""
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-
-from rosaq.config import CheckpointConfig
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DEFAULT_SHARD_BYTES = 2 * 1024**3
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 DTYPE_OF_TAG = {
     "F64": torch.float64,
@@ -49,17 +37,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got a JSON {type(values).__name__}, need an object")
     return values
-
-
-def read_config(directory: str | Path) -> CheckpointConfig:
-    """`quantization_config` of the checkpoint in `directory`; ValueError if it is not a rosaq checkpoint."""
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: got no such file, need a model directory with config.json")
-    values = read_json(path).get("quantization_config")
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: got no quantization_config, need a checkpoint written by rosaq")
-    return CheckpointConfig.from_dict(values)
 
 
 class WeightReader:
@@ -181,102 +158,3 @@ def _check_entry(path: Path, name: str, entry: dict[str, Any]) -> None:
     needed = math.prod(entry["shape"]) * dtype.itemsize
     if stop - start != needed:
         raise ValueError(f"{path}: {name}: got {stop - start} bytes, need {needed} for shape {entry['shape']}")
-
-
-def bits_per_weight(directory: str | Path) -> float:
-    """Bits stored per weight of the quantised linears: every tensor of theirs but the bias, over the sum of n * k."""
-    config, reader = read_config(directory), WeightReader(directory)
-    stored_bits, num_weights = 0, 0
-    for name in reader.names():
-        if not name.endswith(".qweight"):
-            continue
-        module = name.removesuffix(".qweight")
-        fmt = config.format_of(module)
-        n, num_words = reader.shape(name)
-        k = num_words * 32 // fmt.bits
-        stored = [f"{module}.{tensor}" for tensor in fmt.tensor_shapes(k, n)]
-        stored_bits += 8 * sum(reader.nbytes(tensor) for tensor in stored)
-        num_weights += n * k
-    if not num_weights:
-        raise ValueError(f"{directory}: got no quantised linear, need tensors named *.qweight")
-    return stored_bits / num_weights
-
-
-def total_bytes(directory: str | Path) -> int:
-    """Bytes of every tensor of the checkpoint, quantised or not (embeddings and norms included)."""
-    reader = WeightReader(directory)
-    return sum(reader.nbytes(name) for name in reader.names())
-
-
-def write_shards(
-    directory: str | Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = DEFAULT_SHARD_BYTES
-) -> list[Path]:
-    """Write (name, tensor) pairs as they come; at most one shard of `max_shard_bytes` is held in memory.
-
-    Gives model.safetensors, or model-00001-of-0000N.safetensors with their index, which is written last: until then
-    nothing has a final name, so an interrupted run leaves no checkpoint that looks complete. Returns the files.
-    OSError (ENOSPC) tells the bytes got and needed when the disk is full.
-    """
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes: got {max_shard_bytes}, need at least 1")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    shards: list[tuple[Path, list[str]]] = []
-    pending: dict[str, Tensor] = {}
-    total, pending_bytes, seen = 0, 0, set[str]()
-    try:
-        for name, tensor in tensors:
-            if name in seen:
-                raise ValueError(f"tensors: got {name!r} twice, need every name once")
-            seen.add(name)
-            if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
-                shards.append(_write_partial(directory, len(shards), pending))
-                pending, pending_bytes = {}, 0
-            pending[name] = tensor.detach().cpu().contiguous()
-            pending_bytes += tensor.nbytes
-            total += tensor.nbytes
-        if not seen:
-            raise ValueError("tensors: got none, need at least one")
-        shards.append(_write_partial(directory, len(shards), pending))
-    except BaseException:
-        for path in directory.glob("model-*.partial"):
-            path.unlink()
-        raise
-    return _name_shards(directory, shards, total)
-
-
-def _write_partial(directory: Path, number: int, tensors: dict[str, Tensor]) -> tuple[Path, list[str]]:
-    path = directory / f"model-{number + 1:05d}.partial"
-    needed, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(directory).free
-    full = f"{directory}: disk full: got {free} bytes free, need {needed} for shard {number + 1}"
-    if free < needed:
-        raise OSError(errno.ENOSPC, full)
-    try:
-        # clone() where one storage is named twice (tied weights): the format has no aliases.
-        first_name = {t.data_ptr(): name for name, t in reversed(tensors.items())}
-        owned = {name: t if first_name[t.data_ptr()] == name else t.clone() for name, t in tensors.items()}
-        save_file(owned, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors leaves 0600, unreadable for a server that runs as another user
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
-            raise OSError(errno.ENOSPC, full) from error
-        raise
-    return path, list(tensors)
-
-
-def _name_shards(directory: Path, shards: list[tuple[Path, list[str]]], total: int) -> list[Path]:
-    for stale in [*directory.glob("model*.safetensors"), directory / INDEX_FILE]:
-        stale.unlink(missing_ok=True)
-    if len(shards) == 1:
-        return [shards[0][0].rename(directory / SINGLE_FILE)]
-    weight_map: dict[str, str] = {}
-    files = []
-    for number, (path, names) in enumerate(shards, 1):
-        files.append(path.rename(directory / f"model-{number:05d}-of-{len(shards):05d}.safetensors"))
-        weight_map |= dict.fromkeys(names, files[-1].name)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    partial = directory / (INDEX_FILE + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(directory / INDEX_FILE)
-    return files

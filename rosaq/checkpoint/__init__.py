@@ -1,0 +1,24 @@
+"""Checkpoint directories: config.json and safetensors shards, read lazily by name and written shard by shard.
+
+A model need not fit into memory: `WeightReader.get` maps one tensor, `write_shards` holds one shard. Files that are
+damaged, missing or outside the directory are refused with the file's name and the bytes got and needed. Nothing is
+ever unpickled.
+"""
+
+from rosaq.checkpoint.measure import bits_per_weight, linear_bytes, linear_sizes, read_config, total_bytes
+from rosaq.checkpoint.reader import INDEX_FILE, SINGLE_FILE, WeightReader, read_header, read_json
+from rosaq.checkpoint.writer import write_shards
+
+__all__ = [
+    "INDEX_FILE",
+    "SINGLE_FILE",
+    "WeightReader",
+    "bits_per_weight",
+    "linear_bytes",
+    "linear_sizes",
+    "read_config",
+    "read_header",
+    "read_json",
+    "total_bytes",
+    "write_shards",
+]

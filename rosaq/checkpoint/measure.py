@@ -1,0 +1,75 @@
+"""What a checkpoint says it holds, whether it holds that, and how many bits it takes. No tensor is read for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rosaq.checkpoint.reader import WeightReader, read_json
+from rosaq.config import CheckpointConfig
+
+
+def read_config(directory: str | Path) -> CheckpointConfig:
+    """`quantization_config` of the checkpoint in `directory`; ValueError if it is not a rosaq checkpoint."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: got no such file, need a model directory with config.json")
+    values = read_json(path).get("quantization_config")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got no quantization_config, need a checkpoint written by rosaq")
+    return CheckpointConfig.from_dict(values)
+
+
+def linear_sizes(config: CheckpointConfig, reader: WeightReader) -> dict[str, tuple[int, int]]:
+    """{module path: (n, k)} of every quantised linear, by name.
+
+    ValueError, naming the tensor, where one is missing, does not belong, or has another shape or dtype than the
+    config says: such a checkpoint would load as something else than was meant.
+    """
+    tensors: dict[str, list[str]] = {}
+    for name in reader.names():
+        module, _, key = name.rpartition(".")
+        tensors.setdefault(module, []).append(key)
+    sizes = {}
+    for module, keys in tensors.items():
+        if "qweight" not in keys:
+            continue
+        fmt = config.format_of(module)
+        n, num_words = reader.shape(f"{module}.qweight")
+        k = num_words * 32 // fmt.bits
+        fmt.check_sizes(k, n, module)
+        shapes = fmt.tensor_shapes(k, n, bias="bias" in keys)
+        for key in sorted({*keys, *shapes}):
+            got = (reader.shape(f"{module}.{key}"), reader.dtype(f"{module}.{key}")) if key in keys else None
+            need = (shapes[key][0], getattr(torch, shapes[key][1])) if key in shapes else None
+            if got != need:
+                raise ValueError(f"{module}.{key}: got {_told(got)}, need {_told(need)}")
+        sizes[module] = (n, k)
+    return sizes
+
+
+def _told(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "no such tensor" if tensor is None else f"{str(tensor[1]).removeprefix('torch.')} {list(tensor[0])}"
+
+
+def linear_bytes(reader: WeightReader, config: CheckpointConfig, module: str, size: tuple[int, int]) -> int:
+    """Bytes of every tensor but the bias of the quantised linear `module` of size (n, k)."""
+    n, k = size
+    return sum(reader.nbytes(f"{module}.{tensor}") for tensor in config.format_of(module).tensor_shapes(k, n))
+
+
+def bits_per_weight(directory: str | Path) -> float:
+    """Bits stored per weight of the quantised linears: every tensor of theirs but the bias, over the sum of n * k."""
+    config, reader = read_config(directory), WeightReader(directory)
+    sizes = linear_sizes(config, reader)
+    if not sizes:
+        raise ValueError(f"{directory}: got no quantised linear, need tensors named *.qweight")
+    stored = sum(linear_bytes(reader, config, module, size) for module, size in sizes.items())
+    return 8 * stored / sum(n * k for n, k in sizes.values())
+
+
+def total_bytes(directory: str | Path) -> int:
+    """Bytes of every tensor of the checkpoint, quantised or not (embeddings and norms included)."""
+    reader = WeightReader(directory)
+    return sum(reader.nbytes(name) for name in reader.names())
