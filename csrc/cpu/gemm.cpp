@@ -5,10 +5,6 @@
 namespace rosaq::cpu {
 namespace {
 
-// Up to this many tokens the integer kernel, which reads W once per 4 tokens, beats dequantising into float32
-// tiles.
-constexpr int64_t kMaxStreamTokens = 12;
-
 // Multiply-adds below which a parallel region costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 15;
 
@@ -25,6 +21,11 @@ int64_t digit_row_bytes(const FusedGemmArgs& a) {
     return (ceil_div(num_digits(a) * a.weight.k, kLineBytes) | 1) * kLineBytes;
 }
 
+bool few_tokens(const FusedGemmArgs& a, const KernelTable& kernels) {
+    return a.m <= (a.x.dtype == DType::kFloat32 ? kernels.stream_limit.tokens_32bit
+                                                : kernels.stream_limit.tokens_16bit);
+}
+
 struct Workspace {
     int64_t t, rotated, s, planes, sums, exponents, total;  // byte offsets
 };
@@ -37,7 +38,7 @@ Workspace plan(const FusedGemmArgs& a) {
         return at;
     };
     const int64_t k = a.weight.k, chunks = k / chunk_k(a.weight.group_size);
-    const bool stream = a.m <= kMaxStreamTokens;
+    const bool stream = few_tokens(a, active_kernels());
     w.t = take(a.m * padded(k) * 4);
     w.rotated = take(a.rotation_size ? a.m * padded(k) * 4 : 0);
     w.s = take(a.r ? a.m * padded(a.r) * 4 : 0);
@@ -127,7 +128,7 @@ void fused_gemm(const FusedGemmArgs& args, void* workspace, const Parallel& para
         p.lds = padded(args.r);
         steps.project(t, ldt, s, p.lds);
     }
-    if (args.m <= kMaxStreamTokens)
+    if (few_tokens(args, steps.kernels))
         p.digits = {static_cast<int>(num_digits(args)), reinterpret_cast<int8_t*>(base + plan_.planes),
                     digit_row_bytes(args), reinterpret_cast<int32_t*>(base + plan_.sums),
                     reinterpret_cast<float*>(base + plan_.exponents)};

@@ -9,9 +9,20 @@ namespace rosaq::cpu {
 namespace {
 
 template <class S>
-constexpr KernelTable kernel_table(const char* name) {
-    return {name,           kTileCols<S> / kPanelRows, kTileCols<S>,   to_float<S>,
-            make_digits<S>, dense_product<S>,          stream_gemm<S>, block_gemm<S>};
+constexpr KernelTable kernel_table(const char* name, StreamLimit stream_limit) {
+    KernelTable table{};
+    table.name = name;
+    table.block_panels = kTileCols<S> / kPanelRows;
+    table.dense_cols = kTileCols<S>;
+    table.to_float = to_float<S>;
+    table.dense_product = dense_product<S>;
+    table.block_gemm = block_gemm<S>;
+    if constexpr (S::kByteDot) {
+        table.stream_limit = stream_limit;
+        table.make_digits = make_digits<S>;
+        table.stream_gemm = stream_gemm<S>;
+    }
+    return table;
 }
 
 }  // namespace

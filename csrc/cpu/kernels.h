@@ -49,20 +49,28 @@ struct MainLoop {
     Digits digits;
 };
 
+// The largest m for which stream_gemm beats block_gemm, measured: by x of 16 bits (3 digits) and of 32 (4
+// digits).
+struct StreamLimit {
+    int64_t tokens_16bit, tokens_32bit;
+};
+
 struct KernelTable {
     const char* name;
     int64_t block_panels;  // panels per unit of block_gemm
     int64_t dense_cols;    // columns per unit of dense_product
 
     void (*to_float)(const Buffer& x, int64_t row, int64_t k, float* t_row);
-    void (*make_digits)(const float* t, int64_t ldt, int64_t row, int64_t k, int64_t chunk,
-                        const Digits& out);
     void (*dense_product)(const DenseProduct& p, int64_t unit_begin, int64_t unit_end);
-    // Few tokens: codes x digits in exact integers, every weight byte read once per 4 tokens. Unit: one
-    // panel.
-    void (*stream_gemm)(const MainLoop& p, int64_t panel_begin, int64_t panel_end);
     // Many tokens: dequantise a tile into cache, float32 multiply-add. Unit: block_panels panels.
     void (*block_gemm)(const MainLoop& p, int64_t unit_begin, int64_t unit_end);
+
+    // Few tokens: codes x digits in exact integers, every weight byte read once per 4 tokens. Unit: one
+    // panel. Null with a limit of 0 where there is no byte dot product.
+    StreamLimit stream_limit;
+    void (*make_digits)(const float* t, int64_t ldt, int64_t row, int64_t k, int64_t chunk,
+                        const Digits& out);
+    void (*stream_gemm)(const MainLoop& p, int64_t panel_begin, int64_t panel_end);
 };
 
 extern const KernelTable kPortableKernels;

@@ -2,5 +2,5 @@
 #include "simd_avx512.h"
 
 namespace rosaq::cpu {
-const KernelTable kAvx512VnniKernels = kernel_table<SimdAvx512>("avx512vnni");
+const KernelTable kAvx512VnniKernels = kernel_table<SimdAvx512>("avx512vnni", {48, 16});
 }

@@ -2,5 +2,5 @@
 #include "simd_portable.h"
 
 namespace rosaq::cpu {
-const KernelTable kPortableKernels = kernel_table<SimdPortable>("portable");
+const KernelTable kPortableKernels = kernel_table<SimdPortable>("portable", {});
 }

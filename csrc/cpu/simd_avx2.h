@@ -14,6 +14,7 @@ namespace {
 
 struct SimdAvx2 {
     static constexpr int kLanes = 8;
+    static constexpr bool kByteDot = true;
     static constexpr int kTileRows = 6;  // 6 x 2 sums + 2 panel vectors + 1 broadcast = 15 of 16 registers
     using I = __m256i;
     using F = __m256;
@@ -43,6 +44,7 @@ struct SimdAvx2 {
     ROSAQ_INLINE I mul_i(I a, I b) { return _mm256_mullo_epi32(a, b); }
     ROSAQ_INLINE I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
     // Codes are at most 15, so the 16-bit pair sums of maddubs stay below 3841: no saturation.
+    // acc + sum of 4 (unsigned byte of codes) * (signed byte at quad), per lane.
     ROSAQ_INLINE I dot(I acc, I codes, const int8_t* quad) {
         int32_t four;
         std::memcpy(&four, quad, sizeof four);

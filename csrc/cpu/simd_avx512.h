@@ -15,6 +15,7 @@ namespace {
 
 struct SimdAvx512 {
     static constexpr int kLanes = 16;
+    static constexpr bool kByteDot = true;
     static constexpr int kTileRows =
         14;  // 14 x 2 sums + 2 panel vectors = 30 of 32 registers; broadcasts are operands
     using I = __m512i;
@@ -44,6 +45,7 @@ struct SimdAvx512 {
     ROSAQ_INLINE I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
     ROSAQ_INLINE I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
     ROSAQ_INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
+    // acc + sum of 4 (unsigned byte of codes) * (signed byte at quad), per lane.
     ROSAQ_INLINE I dot(I acc, I codes, const int8_t* quad) {
         int32_t four;
         std::memcpy(&four, quad, sizeof four);

@@ -5,7 +5,6 @@
 //   of quad)
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -17,6 +16,7 @@ namespace {
 
 struct SimdPortable {
     static constexpr int kLanes = 8;
+    static constexpr bool kByteDot = false;
     static constexpr int kTileRows = 2;  // rows of the float32 tile: 2 x 2 vectors fill the 16 SSE registers
     struct I {
         int32_t v[kLanes];
@@ -26,7 +26,6 @@ struct SimdPortable {
     };
 
 #define ROSAQ_LANES for (int i = 0; i < kLanes; ++i)
-    ROSAQ_INLINE I zero_i() { return {}; }
     ROSAQ_INLINE I set_i(int32_t a) {
         I r;
         ROSAQ_LANES r.v[i] = a;
@@ -47,16 +46,6 @@ struct SimdPortable {
         ROSAQ_LANES a.v[i] = int32_t(uint32_t(a.v[i]) >> kShift);
         return a;
     }
-    template <int kShift>
-    ROSAQ_INLINE I shl(I a) {
-        ROSAQ_LANES a.v[i] = int32_t(uint32_t(a.v[i]) << kShift);
-        return a;
-    }
-    template <int kShift>
-    ROSAQ_INLINE I sar(I a) {
-        ROSAQ_LANES a.v[i] >>= kShift;
-        return a;
-    }
     ROSAQ_INLINE I and_i(I a, I b) {
         ROSAQ_LANES a.v[i] &= b.v[i];
         return a;
@@ -64,41 +53,6 @@ struct SimdPortable {
     ROSAQ_INLINE I or_i(I a, I b) {
         ROSAQ_LANES a.v[i] |= b.v[i];
         return a;
-    }
-    ROSAQ_INLINE I add_i(I a, I b) {
-        ROSAQ_LANES a.v[i] += b.v[i];
-        return a;
-    }
-    ROSAQ_INLINE I sub_i(I a, I b) {
-        ROSAQ_LANES a.v[i] -= b.v[i];
-        return a;
-    }
-    ROSAQ_INLINE I mul_i(I a, I b) {
-        ROSAQ_LANES a.v[i] *= b.v[i];
-        return a;
-    }
-    ROSAQ_INLINE I max_i(I a, I b) {
-        ROSAQ_LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
-        return a;
-    }
-    ROSAQ_INLINE I dot(I acc, I codes, const int8_t* quad) {
-        ROSAQ_LANES {
-            const uint32_t c = uint32_t(codes.v[i]);
-            acc.v[i] += int32_t(c & 255) * quad[0] + int32_t((c >> 8) & 255) * quad[1] +
-                        int32_t((c >> 16) & 255) * quad[2] + int32_t(c >> 24) * quad[3];
-        }
-        return acc;
-    }
-    ROSAQ_INLINE void store_low_bytes(int8_t* p, I a) { ROSAQ_LANES p[i] = int8_t(uint8_t(a.v[i])); }
-    ROSAQ_INLINE int32_t sum_i(I a) {
-        int32_t s = 0;
-        ROSAQ_LANES s += a.v[i];
-        return s;
-    }
-    ROSAQ_INLINE int32_t largest_i(I a) {
-        int32_t s = a.v[0];
-        ROSAQ_LANES s = a.v[i] > s ? a.v[i] : s;
-        return s;
     }
 
     ROSAQ_INLINE F zero_f() { return {}; }
@@ -128,16 +82,6 @@ struct SimdPortable {
     ROSAQ_INLINE F from_int(I a) {
         F r;
         ROSAQ_LANES r.v[i] = float(a.v[i]);
-        return r;
-    }
-    ROSAQ_INLINE I to_int(F a) {
-        I r;
-        ROSAQ_LANES r.v[i] = int32_t(lrintf(a.v[i]));
-        return r;
-    }
-    ROSAQ_INLINE I bits_of(F a) {
-        I r;
-        std::memcpy(&r, &a, sizeof r);
         return r;
     }
     template <int kBits, int kByte>
