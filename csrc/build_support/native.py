@@ -61,8 +61,9 @@ class Build:
 
     def compile_command(self, source: str, kind: str, flags: list[str]) -> list[str]:
         includes = list(self.include_dirs) + ([self.torch_dir / "include"] if kind == TORCH else [])
-        # Error messages quote source files: relative to the project, not to this machine.
-        defines = [f"-fmacro-prefix-map={self.csrc.parent}/=", *(["-DROSAQ_X86"] if is_x86() else [])]
+        # Error messages quote source files: relative to the project or the include folder, not to this machine.
+        defines = [f"-fmacro-prefix-map={folder}/=" for folder in (self.csrc.parent, *includes)]
+        defines += ["-DROSAQ_X86"] if is_x86() else []
         command = [*compiler(), *COMMON_FLAGS, *defines, *flags, *(TORCH_FLAGS if kind == TORCH else [])]
         # torch's own headers are not ours to warn about.
         command += [part for folder in includes for part in ("-isystem", str(folder))]

@@ -65,7 +65,7 @@ struct KernelTable {
     // Many tokens: dequantise a tile into cache, float32 multiply-add. Unit: block_panels panels.
     void (*block_gemm)(const MainLoop& p, int64_t unit_begin, int64_t unit_end);
 
-    // Few tokens: codes x digits in exact integers, every weight byte read once per 4 tokens. Unit: one
+    // Few tokens: codes x digits in exact integers, every weight byte read from memory once. Unit: one
     // panel. Null with a limit of 0 where there is no byte dot product.
     StreamLimit stream_limit;
     void (*make_digits)(const float* t, int64_t ldt, int64_t row, int64_t k, int64_t chunk,

@@ -15,6 +15,8 @@ namespace {
 struct SimdAvx2 {
     static constexpr int kLanes = 8;
     static constexpr bool kByteDot = true;
+    static constexpr int kStreamRows = 1;    // tokens per pass over a panel: more would spill the pair sums
+    static constexpr bool kPairSums = true;  // dot sums pairs in 16 bits, widen_pairs makes them int32
     static constexpr int kTileRows = 6;  // 6 x 2 sums + 2 panel vectors + 1 broadcast = 15 of 16 registers
     using I = __m256i;
     using F = __m256;
@@ -44,13 +46,13 @@ struct SimdAvx2 {
     ROSAQ_INLINE I mul_i(I a, I b) { return _mm256_mullo_epi32(a, b); }
     ROSAQ_INLINE I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
     // Codes are at most 15, so the 16-bit pair sums of maddubs stay below 3841: no saturation.
-    // acc + sum of 4 (unsigned byte of codes) * (signed byte at quad), per lane.
-    ROSAQ_INLINE I dot(I acc, I codes, const int8_t* quad) {
+    // Two sums of 2 (unsigned byte of codes) * (signed byte at quad) per lane, 16 bits each, added to pairs.
+    ROSAQ_INLINE I dot(I pairs, I codes, const int8_t* quad) {
         int32_t four;
         std::memcpy(&four, quad, sizeof four);
-        const I pairs = _mm256_maddubs_epi16(codes, set_i(four));
-        return add_i(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        return _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, set_i(four)));
     }
+    ROSAQ_INLINE I widen_pairs(I pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
     ROSAQ_INLINE void store_low_bytes(int8_t* p, I a) {
         const I bytes = _mm256_shuffle_epi8(a, _mm256_set1_epi32(0x0c080400));
         const int32_t low = _mm256_cvtsi256_si32(bytes), high = _mm256_extract_epi32(bytes, 4);

@@ -45,18 +45,27 @@ struct SimdAvx512 {
     ROSAQ_INLINE I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
     ROSAQ_INLINE I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
     ROSAQ_INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
+#ifdef __AVX512VNNI__
+    static constexpr int kStreamRows =
+        4;  // tokens per pass over a panel: 4 x 4 digits fill half of the registers
+    static constexpr bool kPairSums = false;
     // acc + sum of 4 (unsigned byte of codes) * (signed byte at quad), per lane.
     ROSAQ_INLINE I dot(I acc, I codes, const int8_t* quad) {
         int32_t four;
         std::memcpy(&four, quad, sizeof four);
-#ifdef __AVX512VNNI__
         return _mm512_dpbusd_epi32(acc, codes, set_i(four));
-#else
-        // Codes are at most 15, so the 16-bit pair sums of maddubs stay below 3841: no saturation.
-        const I pairs = _mm512_maddubs_epi16(codes, set_i(four));
-        return add_i(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-#endif
     }
+#else
+    static constexpr int kStreamRows = 1;  // tokens per pass over a panel: more would spill the pair sums
+    static constexpr bool kPairSums = true;
+    // Two sums of 2 (unsigned byte of codes) * (signed byte at quad) per lane, 16 bits each, added to pairs.
+    ROSAQ_INLINE I dot(I pairs, I codes, const int8_t* quad) {
+        int32_t four;
+        std::memcpy(&four, quad, sizeof four);
+        return _mm512_add_epi16(pairs, _mm512_maddubs_epi16(codes, set_i(four)));
+    }
+    ROSAQ_INLINE I widen_pairs(I pairs) { return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)); }
+#endif
     ROSAQ_INLINE void store_low_bytes(int8_t* p, I a) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
     }

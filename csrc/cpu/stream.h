@@ -20,12 +20,12 @@ constexpr int64_t kPrefetchBytes = 8192;
 template <class S, int kBits, int kDigits, int kRows>
 struct StreamTile {
     static constexpr int kSubs = kPanelRows / S::kLanes;
-    // Two sets of accumulators where there is only one token: fewer than 5 chains cannot hide the latency of
-    // dot.
-    static constexpr int kSets = kRows == 1 ? 2 : 1;
+    // Two sets of accumulators for a single token: fewer than 5 chains cannot hide the latency of dot.
+    static constexpr int kSets = kRows == 1 && !S::kPairSums ? 2 : 1;
     using I = typename S::I;
     using F = typename S::F;
-    I acc[kSets][kRows][kDigits];
+    using Sums = I[kSets][kRows][kDigits];
+    Sums acc;
 
     // Start at -zero * sum(digit), so that what follows adds up (code - zero) * digit.
     __attribute__((always_inline)) void start(const MainLoop& p, const PanelView& panel, int64_t row0,
@@ -43,23 +43,41 @@ struct StreamTile {
     }
 
     template <int kQuad>
-    __attribute__((always_inline)) void step(const BlockWords<S, kBits>& words, const int8_t* digits,
-                                             int64_t row_bytes, int64_t chunk) {
+    __attribute__((always_inline)) static void step(Sums& sums, const BlockWords<S, kBits>& words,
+                                                    const int8_t* digits, int64_t row_bytes, int64_t chunk) {
         const I codes = words.template quad<kQuad>();
         for (int m = 0; m < kRows; ++m)
             for (int d = 0; d < kDigits; ++d) {
-                I& a = acc[kQuad % kSets][m][d];
+                I& a = sums[kQuad % kSets][m][d];
                 a = S::dot(a, codes, digits + m * row_bytes + d * chunk + kQuad * kQuadK);
             }
+    }
+
+    __attribute__((always_inline)) static void all_steps(Sums& sums, const BlockWords<S, kBits>& words,
+                                                         const int8_t* digits, int64_t row_bytes,
+                                                         int64_t chunk) {
+        step<0>(sums, words, digits, row_bytes, chunk), step<1>(sums, words, digits, row_bytes, chunk);
+        step<2>(sums, words, digits, row_bytes, chunk), step<3>(sums, words, digits, row_bytes, chunk);
+        step<4>(sums, words, digits, row_bytes, chunk), step<5>(sums, words, digits, row_bytes, chunk);
+        step<6>(sums, words, digits, row_bytes, chunk), step<7>(sums, words, digits, row_bytes, chunk);
     }
 
     __attribute__((always_inline)) void block(const uint8_t* codes, int sub, const int8_t* digits,
                                               int64_t row_bytes, int64_t chunk) {
         const BlockWords<S, kBits> words(codes, sub);
-        step<0>(words, digits, row_bytes, chunk), step<1>(words, digits, row_bytes, chunk),
-            step<2>(words, digits, row_bytes, chunk), step<3>(words, digits, row_bytes, chunk);
-        step<4>(words, digits, row_bytes, chunk), step<5>(words, digits, row_bytes, chunk),
-            step<6>(words, digits, row_bytes, chunk), step<7>(words, digits, row_bytes, chunk);
+        if constexpr (!S::kPairSums) {
+            all_steps(acc, words, digits, row_bytes, chunk);
+        } else {
+            // 16-bit sums of pairs, widened once per block: 8 quads of 2 products of at most 15 * 128 fit.
+            static_assert(kQuads * 2 * 15 * 128 < 1 << 15, "pair sums of a block must not overflow");
+            Sums pairs;
+            for (int m = 0; m < kRows; ++m)
+                for (int d = 0; d < kDigits; ++d) pairs[0][m][d] = S::zero_i();
+            all_steps(pairs, words, digits, row_bytes, chunk);
+            for (int m = 0; m < kRows; ++m)
+                for (int d = 0; d < kDigits; ++d)
+                    acc[0][m][d] = S::add_i(acc[0][m][d], S::widen_pairs(pairs[0][m][d]));
+        }
     }
 
     // The chunk's sum as a float: digits pair up in int32 exactly, two conversions round once each.
@@ -123,15 +141,21 @@ void stream_panel(const MainLoop& p, int64_t panel_idx, int64_t row0) {
     }
 }
 
+template <class S, int kBits, int kDigits, int kRows>
+void stream_rest(const MainLoop& p, int64_t panel, int64_t row) {
+    if constexpr (kRows > 0) {
+        if (p.args->m - row == kRows) return stream_panel<S, kBits, kDigits, kRows>(p, panel, row);
+        stream_rest<S, kBits, kDigits, kRows - 1>(p, panel, row);
+    }
+}
+
 template <class S, int kBits, int kDigits>
 void stream_range(const MainLoop& p, int64_t panel_begin, int64_t panel_end) {
-    const int64_t m = p.args->m;
+    constexpr int kRows = S::kStreamRows;
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
         int64_t row = 0;
-        for (; row + 4 <= m; row += 4) stream_panel<S, kBits, kDigits, 4>(p, panel, row);
-        if (m - row == 3) stream_panel<S, kBits, kDigits, 3>(p, panel, row);
-        if (m - row == 2) stream_panel<S, kBits, kDigits, 2>(p, panel, row);
-        if (m - row == 1) stream_panel<S, kBits, kDigits, 1>(p, panel, row);
+        for (; row + kRows <= p.args->m; row += kRows) stream_panel<S, kBits, kDigits, kRows>(p, panel, row);
+        stream_rest<S, kBits, kDigits, kRows - 1>(p, panel, row);
     }
 }
 

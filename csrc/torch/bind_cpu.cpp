@@ -9,6 +9,10 @@ namespace {
 
 constexpr const char* kOp = "rosaq::fused_gemm";
 
+// Scratch up to here (one token of a 4096-wide layer) lies on the stack: an allocation costs about a
+// microsecond.
+constexpr int64_t kSmallScratchBytes = 64 << 10;
+
 void run_on_torch_threads(int64_t count, int64_t grain, cpu::Parallel::Range range, void* context) {
     STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, range, context));
 }
@@ -117,9 +121,16 @@ Tensor fused_gemm(const Tensor& x, const Tensor& packed, std::optional<Tensor> s
     args.m = x.numel() / args.weight.k;
     args.x = buffer_of(x_dense);
     args.y = y.mutable_data_ptr();
-    const std::vector<int64_t> scratch_shape{cpu::workspace_bytes(args)};
-    Tensor scratch = torch::stable::empty(scratch_shape, ScalarType::Byte);
-    cpu::fused_gemm(args, scratch.mutable_data_ptr(), cpu::Parallel{run_on_torch_threads});
+    const int64_t bytes = cpu::workspace_bytes(args);
+    const cpu::Parallel parallel{run_on_torch_threads};
+    alignas(64) char small[kSmallScratchBytes];
+    if (bytes <= kSmallScratchBytes) {
+        cpu::fused_gemm(args, small, parallel);
+    } else {
+        const std::vector<int64_t> shape{bytes};
+        const Tensor scratch = torch::stable::empty(shape, ScalarType::Byte);
+        cpu::fused_gemm(args, scratch.mutable_data_ptr(), parallel);
+    }
     return y;
 }
 

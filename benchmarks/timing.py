@@ -1,0 +1,72 @@
+"""Timing on a machine that others use too: alternate the candidates, take medians, keep weights out of the cache.
+
+Numbers of different runs do not compare; ratios within one run do.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from rosaq import _C
+
+T = TypeVar("T")
+READ_BYTES = 256 << 20  # well over any last-level cache of a desktop
+
+
+def rotate_copies(make: Callable[[], T], bytes_each: int, total_bytes: int) -> Iterator[T]:
+    """An endless rotation over copies of one weight, at least `total_bytes` together: no call finds it cached."""
+    copies = [make() for _ in range(max(2, -(-total_bytes // bytes_each)))]
+    return cycle(copies)
+
+
+def medians(candidates: dict[str, Callable[[], object]], rounds: int, min_seconds: float = 0.0) -> dict[str, float]:
+    """Seconds per call of each candidate, the median over `rounds` rounds that call every candidate once in turn.
+
+    Goes on past `rounds` until `min_seconds` have been spent.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    started, done = time.perf_counter(), 0
+    while done < rounds or time.perf_counter() - started < min_seconds:
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+        done += 1
+    return {name: statistics.median(samples) for name, samples in times.items()}
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that all of torch's threads read together, best of 9 sums over READ_BYTES."""
+    data = torch.ones(READ_BYTES // 8, dtype=torch.int64)
+    best = min(medians({"sum": data.sum}, 1)["sum"] for _ in range(9))
+    return READ_BYTES / best
+
+
+def machine() -> dict[str, Any]:
+    """What a result depends on: CPU, threads, instruction set, versions, commit."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "isa": _C.active_isa(),
+        "available_isas": _C.available_isas(),
+        "build": _C.build_info(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+    }
