@@ -38,7 +38,7 @@ def formats(recipe: Recipe, family: Family, rotations: BlockRotations) -> dict[s
     """The format of every linear of a block, by its path inside the block."""
     quant = recipe.quant
     plain = LinearFormat(quant.bits, quant.group_size, quant.symmetric)
-    result = {}
+    result: dict[str, LinearFormat] = {}
     for site in family.sites:
         count = recipe.salient.count_at(site.reads)
         fmt = replace(plain, num_salient=count, salient="basis" if count and uses_basis(recipe, site) else "index")

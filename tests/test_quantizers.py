@@ -1,0 +1,204 @@
+"""Grids, round to nearest and GPTQ: values, the properties theory promises, and refusals."""
+
+import pytest
+import torch
+
+from rosaq.config import QuantSpec
+from rosaq.layout import dequantize, unpack
+from rosaq.quantizers import NotPositiveDefiniteError, energy_index, fit_grid, gptq, quantize_weight
+from rosaq.quantizers.grid import Grid, from_codes, to_codes
+from rosaq.quantizers.salient import salient_mask
+
+K, N = 128, 24
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated_gram(k=K, seed=0):
+    x = gaussian(4 * k, k, seed=seed).double()
+    mix = gaussian(k, k, seed=seed + 1).double() / k**0.5 + torch.eye(k)
+    x = (x * torch.linspace(2, 0.2, k)) @ mix
+    return x.T @ x / len(x)
+
+
+def w_hat(tensors, spec):
+    w = dequantize(tensors["qweight"], tensors["scales"], tensors.get("zeros"), spec.bits)
+    if "salient_index" in tensors:
+        w[:, tensors["salient_index"].long()] += tensors["salient_weight"].float()
+    return w
+
+
+def loss(w, w_quantized, gram):
+    d = (w_quantized - w).double()
+    return float(((d @ gram) * d).sum())
+
+
+SPECS = [
+    QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric, method=method, clip=clip)
+    for bits in (3, 4)
+    for group_size in (32, 64, -1)
+    for symmetric in (False, True)
+    for method, clip in (("rtn", False), ("gptq", True))
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_stored_tensors_have_the_disk_shapes_and_bound_the_error(spec):
+    w, salient = gaussian(N, K), torch.tensor([3, 40, 41])
+    tensors = quantize_weight(w, correlated_gram(), spec, salient)
+    groups = 1 if spec.group_size == -1 else K // spec.group_size
+    assert tensors["qweight"].shape == (N, K * spec.bits // 32)
+    assert tensors["qweight"].dtype == torch.int32
+    assert tensors["scales"].shape == (N, groups)
+    assert tensors["scales"].dtype == torch.float16
+    assert ("zeros" in tensors) == (not spec.symmetric)
+    assert tensors["salient_index"].tolist() == [3, 40, 41]
+    codes = unpack(tensors["qweight"], spec.bits)
+    assert int(codes.max()) < 2**spec.bits
+    bulk = dequantize(tensors["qweight"], tensors["scales"], tensors.get("zeros"), spec.bits)
+    assert torch.equal(bulk[:, salient], torch.zeros(N, 3))  # salient columns dequantise to exactly 0
+    if spec.method == "rtn" and not spec.clip:
+        step = tensors["scales"].float().repeat_interleave(K // groups, 1)
+        outside = 1.0 if spec.symmetric else 0.51  # symmetric grids have no code for the upper end
+        error = (w_hat(tensors, spec) - w).abs()
+        error[:, salient] = 0
+        assert bool((error <= outside * step + 1e-3).all())
+
+
+def test_a_weight_on_the_grid_comes_back_exactly():
+    scale, zero = torch.full((N, 2), 0.25), torch.full((N, 2), 3.0)
+    codes = torch.randint(0, 8, (N, 2, 64), generator=torch.Generator().manual_seed(0)).float()
+    codes[..., 0], codes[..., 1] = 0, 7  # the whole range is used, so min and max find this grid
+    w = from_codes(codes, Grid(scale[..., None], zero[..., None])).flatten(1)
+    spec = QuantSpec(bits=3, group_size=64, method="rtn", clip=False)
+    tensors = quantize_weight(w, None, spec)
+    assert torch.equal(w_hat(tensors, spec), w)
+    assert torch.equal(unpack(tensors["qweight"], 3), codes.flatten(1).to(torch.uint8))
+
+
+def test_the_clip_search_never_loses_to_min_max():
+    w = gaussian(N, 2, 64) ** 3  # heavy tails, where clipping pays
+    importance = torch.rand(2, 64, generator=torch.Generator().manual_seed(1)) + 0.1
+
+    def error(clip, weights):
+        grid = fit_grid(w, QuantSpec(clip=clip), importance if weights else None)
+        wide = Grid(grid.scale[..., None], grid.zero[..., None])
+        square = (from_codes(to_codes(w, wide, 3), wide) - w) ** 2
+        return (square * importance if weights else square).sum(-1)
+
+    for weights in (False, True):
+        assert bool((error(True, weights) <= error(False, weights)).all())
+        assert error(True, weights).sum() < error(False, weights).sum()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("salient", [None, torch.tensor([0, 1, 70])])
+def test_gptq_is_rtn_on_a_diagonal_gram(symmetric, salient):
+    w = gaussian(N, K)
+    gram = torch.diag(torch.linspace(0.1, 9, K, dtype=torch.float64))
+    tensors = {
+        method: quantize_weight(
+            w, gram, QuantSpec(group_size=32, symmetric=symmetric, method=method, clip=False), salient
+        )
+        for method in ("rtn", "gptq")
+    }
+    assert tensors["rtn"].keys() == tensors["gptq"].keys()
+    for name, tensor in tensors["rtn"].items():
+        assert torch.equal(tensor, tensors["gptq"][name]), name
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_gptq_beats_rtn_on_a_correlated_gram(group_size):
+    w, gram = gaussian(N, K), correlated_gram()
+    losses = {}
+    for method in ("rtn", "gptq"):
+        spec = QuantSpec(group_size=group_size, method=method, clip=False)
+        losses[method] = loss(w, w_hat(quantize_weight(w, gram, spec), spec), gram)
+    assert losses["gptq"] < 0.8 * losses["rtn"]
+
+
+def test_panels_do_not_change_gptq():
+    """One long group is cut into panels; the textbook column loop has none."""
+    k = 320
+    w, gram = gaussian(6, k), correlated_gram(k)
+    spec = QuantSpec(group_size=-1, clip=False)
+    salient = salient_mask(k, torch.tensor([5, 200]))
+    codes, grid, corrected = gptq(w, gram, spec, k, salient)
+
+    order = torch.cat([torch.nonzero(~salient).flatten(), torch.nonzero(salient).flatten()])
+    g = gram[order][:, order]
+    torch.diagonal(g).add_(spec.damping * torch.diagonal(g)[: k - 2].mean())
+    factor = torch.linalg.cholesky(torch.linalg.inv(g), upper=True).float()
+    work, want = w[:, order].clone(), torch.empty(6, k - 2)
+    for j in range(k - 2):
+        want[:, j] = to_codes(work[:, j], Grid(grid.scale[:, 0], grid.zero[:, 0]), 3)
+        error = (work[:, j] - from_codes(want[:, j], Grid(grid.scale[:, 0], grid.zero[:, 0]))) / factor[j, j]
+        work[:, j + 1 :] -= error[:, None] * factor[j, j + 1 :]
+    differing = (codes[:, order[: k - 2]] != want).float().mean()
+    assert differing < 0.01  # float32 sums in another order may flip a code that sits on a boundary
+    if differing == 0:
+        torch.testing.assert_close(corrected, work[:, k - 2 :], rtol=1e-3, atol=1e-3)
+
+
+def test_salient_columns_receive_the_least_squares_correction():
+    """With the bulk fixed, no other salient weights have a smaller loss: the normal equations hold."""
+    w, gram = gaussian(N, K), correlated_gram()
+    salient = salient_mask(K, torch.tensor([2, 64, 65, 127]))
+    codes, grid, corrected = gptq(w, gram, QuantSpec(damping=1e-8), 64, salient)
+    wide = Grid(grid.scale[..., None], grid.zero[..., None])
+    quantized = from_codes(codes.unflatten(1, (-1, 64)), wide).flatten(1)
+    assert torch.equal(quantized[:, salient], torch.zeros(N, 4))
+    with_correction = quantized.clone()
+    with_correction[:, salient] = corrected
+    residual = (with_correction - w).double() @ gram
+    assert residual[:, salient].abs().max() < 1e-4 * residual.abs().max()
+    quantized[:, salient] = w[:, salient]
+    assert loss(w, with_correction, gram) < loss(w, quantized, gram)
+
+
+def test_rows_are_independent():
+    w, gram, spec = gaussian(N, K), correlated_gram(), QuantSpec(group_size=32)
+    stacked = quantize_weight(w, gram, spec)
+    alone = quantize_weight(w[8:16], gram, spec)
+    same = (stacked["qweight"][8:16] == alone["qweight"]).float().mean()
+    assert same > 0.98
+
+
+def test_energy_index_is_sorted_and_by_second_moment():
+    gram = torch.diag(torch.tensor([1.0, 9, 2, 8, 3, 7, 0, 0], dtype=torch.float64))
+    assert energy_index(gram, 2).tolist() == [1, 3]
+    with pytest.raises(ValueError, match="salient: got 3, need 0 to in_features / 4 = 2"):
+        energy_index(gram, 3)
+
+
+def test_damping_is_measured_on_the_bulk_and_rises_when_it_must():
+    gram = torch.zeros(K, K, dtype=torch.float64)
+    gram[:8, :8] = torch.eye(8)  # rank 8: not invertible without damping
+    tensors = quantize_weight(gaussian(N, K), gram, QuantSpec(damping=1e-7))
+    assert torch.isfinite(tensors["scales"].float()).all()
+    with pytest.raises(NotPositiveDefiniteError, match="not positive definite"):
+        quantize_weight(gaussian(N, K), gram - 100 * torch.eye(K) + 101 * torch.ones(K, K), QuantSpec())
+
+
+def test_refusals_name_the_argument():
+    w, gram = gaussian(N, K), correlated_gram()
+    with pytest.raises(ValueError, match="gram: got None"):
+        quantize_weight(w, None, QuantSpec(method="gptq"))
+    with pytest.raises(ValueError, match=r"gram: got shape \(64, 64\), need \(128, 128\)"):
+        quantize_weight(w, gram[:64, :64], QuantSpec())
+    with pytest.raises(ValueError, match="gram: got 1 NaN or Inf"):
+        bad = gram.clone()
+        bad[0, 0] = torch.inf
+        quantize_weight(w, bad, QuantSpec())
+    with pytest.raises(ValueError, match="got 1 NaN or Inf, need finite"):
+        holed = w.clone()
+        holed[1, 1] = torch.nan
+        quantize_weight(holed, gram, QuantSpec())
+    with pytest.raises(ValueError, match="group_size: got 96, need a divisor of in_features 128"):
+        quantize_weight(w, gram, QuantSpec(group_size=96))
+    with pytest.raises(ValueError, match="salient: got 33, need at most in_features / 4 = 32"):
+        quantize_weight(w, gram, QuantSpec(), torch.arange(33))
+    with pytest.raises(ValueError, match="bits: got 5"):
+        QuantSpec(bits=5)
