@@ -14,7 +14,8 @@
 namespace rosaq::cpu {
 namespace {
 
-// Far enough ahead that DRAM latency is covered at one core's bandwidth; nearer was slower.
+// Into L2, far enough ahead to cover DRAM latency. Into L1 it took 1.2 times as long, with no prefetch 1.5
+// times.
 constexpr int64_t kPrefetchBytes = 8192;
 
 template <class S, int kBits, int kDigits, int kRows>
@@ -118,7 +119,7 @@ void stream_panel(const MainLoop& p, int64_t panel_idx, int64_t row0) {
                 const uint8_t* block = codes + b * kBits * kLineBytes;
                 if (sub == 0)
                     for (int i = 0; i < kBits; ++i)
-                        __builtin_prefetch(block + kPrefetchBytes + i * kLineBytes);
+                        __builtin_prefetch(block + kPrefetchBytes + i * kLineBytes, 0, 2);
                 tile.block(block, sub, digits + b * kBlockK, p.digits.row_bytes, chunk_size);
             }
             const F scale =
