@@ -157,8 +157,8 @@ def demo(
     calibration: Annotated[Path | None, typer.Option(help="Text or JSON lines. Default: built-in prose.")] = None,
     documents: Documents = None,
     text: Annotated[Path | None, typer.Option(help="Evaluation text. Default: built-in prose.")] = None,
-    windows: Annotated[int, typer.Option(help="Evaluation windows of 512 tokens.")] = 12,
-    num_sequences: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 32,
+    windows: Annotated[int, typer.Option(help="Evaluation windows of 512 tokens.")] = 10,
+    num_sequences: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 16,
     json_file: JsonFile = None,
 ) -> None:
     """Quantise a real 135M model two ways, compare them, and let the result talk."""
