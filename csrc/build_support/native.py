@@ -126,7 +126,6 @@ def build(job: Build, output: Path, jobs: int) -> None:
     headers = _newest([*job.csrc.rglob("*.h"), Path(__file__)])
     stale = []
     for source, (kind, flags) in job.sources().items():
-        if os.environ.get("ONLY") and os.environ["ONLY"] not in source: continue
         made = job.object_of(source)
         newest = max(headers, (job.csrc / source).stat().st_mtime)
         if not made.exists() or made.stat().st_mtime < newest:
