@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.tolerances import assert_tight
 
 from rosaq.calibrate import Gram, Tokens
+from tests.tolerances import assert_tight
 
 
 def tokens(num, k=12, seed=0):

@@ -6,8 +6,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models import save_dense, tiny_llama, tiny_mistral
-from tests.tolerances import assert_same_function
 from transformers import AutoModelForCausalLM
 
 import rosaq
@@ -17,6 +15,8 @@ from rosaq.linear import RosaqLinear
 from rosaq.pipeline import quantize
 from rosaq.pipeline.probe import TOLERANCE
 from rosaq.recipes import RECIPES
+from tests.models import save_dense, tiny_llama, tiny_mistral
+from tests.tolerances import assert_same_function
 
 TEXT = ["The quick brown fox jumps over the lazy dog, again and again, until the hounds give up. " * 40]
 SPEC = CalibrationSpec(num_sequences=6, sequence_length=48, batch_size=4)

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from tests.models import tiny_llama
-from tests.tolerances import assert_same_function, assert_tight
 
 from rosaq.models import Sizes, family_of
 from rosaq.rotation import (
@@ -18,6 +16,8 @@ from rosaq.rotation import (
     rotate_rows,
     shared_hadamard_block,
 )
+from tests.models import tiny_llama
+from tests.tolerances import assert_same_function, assert_tight
 
 
 def generator(seed=0):
