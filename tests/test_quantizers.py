@@ -188,13 +188,11 @@ def test_refusals_name_the_argument():
         quantize_weight(w, None, QuantSpec(method="gptq"))
     with pytest.raises(ValueError, match=r"gram: got shape \(64, 64\), need \(128, 128\)"):
         quantize_weight(w, gram[:64, :64], QuantSpec())
+    bad, holed = gram.clone(), w.clone()
+    bad[0, 0], holed[1, 1] = torch.inf, torch.nan
     with pytest.raises(ValueError, match="gram: got 1 NaN or Inf"):
-        bad = gram.clone()
-        bad[0, 0] = torch.inf
         quantize_weight(w, bad, QuantSpec())
     with pytest.raises(ValueError, match="got 1 NaN or Inf, need finite"):
-        holed = w.clone()
-        holed[1, 1] = torch.nan
         quantize_weight(holed, gram, QuantSpec())
     with pytest.raises(ValueError, match="group_size: got 96, need a divisor of in_features 128"):
         quantize_weight(w, gram, QuantSpec(group_size=96))
