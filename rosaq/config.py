@@ -183,6 +183,7 @@ class QuantSpec:
     method      "rtn" (round to nearest) or "gptq" (error feedback on the second moments of the inputs).
     damping     added to the diagonal of the second moments, as a share of the mean of its non-salient part.
     clip        search a smaller range per group for the least weighted squared error (False: use min and max).
+    refine      rounds of refitting scales and revisiting codes after GPTQ (0: none).
     """
 
     bits: int = 3
@@ -191,6 +192,7 @@ class QuantSpec:
     method: Literal["rtn", "gptq"] = "gptq"
     damping: float = 0.01
     clip: bool = True
+    refine: int = 0
 
     def __post_init__(self) -> None:
         LinearFormat(self.bits, self.group_size, self.symmetric)
@@ -198,6 +200,8 @@ class QuantSpec:
             raise ValueError(f"method: got {self.method!r}, need 'rtn' or 'gptq'")
         if not 0 <= self.damping < 1:
             raise ValueError(f"damping: got {self.damping}, need 0 <= damping < 1")
+        if self.refine < 0 or (self.refine and self.method != "gptq"):
+            raise ValueError(f"refine: got {self.refine} with method {self.method!r}, need 0, or more with 'gptq'")
 
 
 @dataclass(frozen=True)
@@ -240,6 +244,18 @@ class RotationSpec:
 
 
 @dataclass(frozen=True)
+class ImportanceSpec:
+    """Which tokens count how much in the second moments.
+
+    strategy   "uniform", or "attention": the attention a token gets in the block (RSQ's attention concentration).
+    floor      what the least important token counts, as a share of the most important one.
+    """
+
+    strategy: Literal["uniform", "attention"] = "uniform"
+    floor: float = 0.01
+
+
+@dataclass(frozen=True)
 class CalibrationSpec:
     """How much text the second moments are measured on, and which windows (seed)."""
 
@@ -262,6 +278,7 @@ class Recipe:
     quant: QuantSpec
     rotation: RotationSpec = RotationSpec()
     salient: SalientSpec = SalientSpec()
+    importance: ImportanceSpec = ImportanceSpec()
 
     @property
     def needs_tokens(self) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rosaq.config import QuantSpec, Recipe, RotationSpec, SalientSpec
+from rosaq.config import ImportanceSpec, QuantSpec, Recipe, RotationSpec, SalientSpec
 
 _RTN = QuantSpec(method="rtn", clip=False)
 _GPTQ = QuantSpec(method="gptq", clip=True)
+AUTO = -1  # salient directions by the width of the model
+_AUTO_WIDTH = 192  # one direction for so many channels: 0.08 bit per weight where they are kept
 
 RECIPES: dict[str, Recipe] = {
     # the floor: no calibration, no rotation
@@ -18,12 +20,14 @@ RECIPES: dict[str, Recipe] = {
     "quarot": Recipe("quarot", _GPTQ, RotationSpec("random", "random", "hadamard")),
     # the ROSAQ paper: principal axes, the K largest eigenvalues in FP16, the rest rounded to nearest
     "rosaq": Recipe("rosaq", _RTN, RotationSpec("pca", "pca"), SalientSpec(16)),
-    # ours: few principal directions in FP16, a random basis of the rest, GPTQ with the salient columns as correctors
+    # ours: few principal directions in FP16, a random basis of the rest, second moments that listen to attended tokens,
+    # GPTQ with the salient columns as correctors, then scales and codes once more
     "rosaq-gptq": Recipe(
         "rosaq-gptq",
-        _GPTQ,
+        replace(_GPTQ, refine=3),
         RotationSpec("pca-random", "random", "hadamard"),
-        SalientSpec(4, sites=("residual",)),
+        SalientSpec(AUTO, sites=("residual",)),
+        ImportanceSpec("attention", 0.01),
     ),
 }
 DEFAULT_RECIPE = "rosaq-gptq"
@@ -52,3 +56,10 @@ def make_recipe(
             chosen = replace(chosen, by="energy")  # without principal axes the largest channels are what there is
         chosen = replace(chosen, count=salient)
     return replace(recipe, quant=quant, salient=chosen)
+
+
+def with_counted_salient(recipe: Recipe, hidden: int) -> Recipe:
+    """The recipe with AUTO replaced by a number for a model of width `hidden`."""
+    if recipe.salient.count != AUTO:
+        return recipe
+    return replace(recipe, salient=replace(recipe.salient, count=max(1, hidden // _AUTO_WIDTH)))

@@ -56,12 +56,12 @@ def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
 
 
 def tiny_mistral(seed: int = 0, **changes: Any) -> MistralForCausalLM:
-    """As `tiny_llama`, of the Mistral family (no sliding window)."""
+    """As `tiny_llama`, of the Mistral family (no sliding window unless asked for)."""
     torch.manual_seed(seed)
     config = tiny_llama(seed, **changes).config.to_dict()
     for key in ("model_type", "architectures", "transformers_version"):
         config.pop(key, None)
-    return MistralForCausalLM(MistralConfig(**(config | {"sliding_window": None}))).eval()
+    return MistralForCausalLM(MistralConfig(**({"sliding_window": None} | config))).eval()
 
 
 def save_dense(directory: Path, model: torch.nn.Module | None = None) -> Path:

@@ -72,7 +72,7 @@ def test_rotations_are_where_the_recipe_says(made):
     block = "model.layers.1."
     assert modules[block + "self_attn.q_proj"].salient_index.tolist() == [0, 1, 2, 3]
     assert modules[block + "self_attn.o_proj"].salient_weight is None
-    assert modules[block + "mlp.down_proj"].rotation.shape == (1, 128, 128)
+    assert modules[block + "mlp.down_proj"].rotation.shape == (1, 16, 16)
     modules = dict(logits(made["rosaq"][0])[1].named_modules())
     assert modules[block + "mlp.down_proj"].salient_basis.shape == (128, 4)
     assert modules[block + "mlp.down_proj"].rotation is None
@@ -131,7 +131,7 @@ def test_without_rounding_the_rotated_checkpoint_is_the_model(recipe, dense, tmp
             plain = torch.nn.Linear(holder.in_features, holder.out_features, bias=False)
             plain.weight.data = weight
             if holder.rotation is not None:
-                rotation = torch.block_diag(*holder.rotation.float().expand(holder.in_features // 128, -1, -1))
+                rotation = torch.block_diag(*holder.rotation.float().expand(holder.in_features // 16, -1, -1))
                 plain.weight.data = weight @ rotation.T
             model.model.layers[index].set_submodule(name, plain)
     with torch.no_grad():

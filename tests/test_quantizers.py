@@ -1,5 +1,7 @@
 """Grids, round to nearest and GPTQ: values, the properties theory promises, and refusals."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,7 +9,9 @@ from rosaq.config import QuantSpec
 from rosaq.layout import dequantize, unpack
 from rosaq.quantizers import NotPositiveDefiniteError, energy_index, fit_grid, gptq, quantize_weight
 from rosaq.quantizers.grid import Grid, from_codes, to_codes
+from rosaq.quantizers.refine import refine, refit_scales, sweep_codes
 from rosaq.quantizers.salient import salient_mask
+from tests.tolerances import assert_close_in
 
 K, N = 128, 24
 
@@ -200,3 +204,52 @@ def test_refusals_name_the_argument():
         quantize_weight(w, gram, QuantSpec(), torch.arange(33))
     with pytest.raises(ValueError, match="bits: got 5"):
         QuantSpec(bits=5)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_every_step_of_refine_lowers_the_loss(symmetric):
+    w, gram = gaussian(N, K), correlated_gram()
+    salient = salient_mask(K, torch.tensor([2, 64, 127]))
+    codes, grid, kept = gptq(w, gram, QuantSpec(symmetric=symmetric), 32, salient)
+
+    def total(codes, grid, kept):
+        w_hat = from_codes(codes.unflatten(1, (-1, 32)), Grid(grid.scale[..., None], grid.zero[..., None])).flatten(1)
+        w_hat[:, salient] = kept
+        return loss(w, w_hat, gram)
+
+    losses = [total(codes, grid, kept)]
+    for _ in range(3):
+        grid, kept = refit_scales(w, gram, codes, grid, kept, salient)
+        losses.append(total(codes, grid, kept))
+        codes = sweep_codes(w, gram, codes, grid, kept, salient, 3)
+        losses.append(total(codes, grid, kept))
+    # the refit is optimal before scales and salient weights are rounded to float16
+    assert all(after <= before * (1 + 1e-4) for before, after in itertools.pairwise(losses))
+    assert losses[-1] < 0.97 * losses[0]
+    assert codes.min() >= 0
+    assert codes.max() <= 7
+    assert torch.equal(grid.scale, grid.scale.half().float())
+
+
+def test_refitted_scales_solve_the_normal_equations():
+    """One row, dense algebra: the least-squares solution over groups and salient columns."""
+    w, gram = gaussian(1, 64), correlated_gram(64)
+    salient = salient_mask(64, torch.tensor([5]))
+    codes, grid, kept = gptq(w, gram, QuantSpec(group_size=32), 32, salient)
+    steps = (codes - grid.zero.repeat_interleave(32, 1))[0].double()
+    basis = torch.zeros(64, 3, dtype=torch.float64)
+    basis[:32, 0], basis[32:, 1], basis[5, 2] = steps[:32], steps[32:], 1
+    basis[5, 0] = 0
+    want = torch.linalg.solve(basis.T @ gram @ basis, basis.T @ gram @ w[0].double())
+    fitted, corrected = refit_scales(w, gram, codes, grid, kept, salient)
+    assert_close_in(torch.cat([fitted.scale, corrected], 1)[0], want, torch.float16)
+
+
+def test_refine_leaves_an_exact_quantisation_alone():
+    scale, zero = torch.full((N, 4), 0.5), torch.full((N, 4), 3.0)
+    codes = torch.randint(0, 8, (N, K), generator=torch.Generator().manual_seed(0)).float()
+    w = from_codes(codes.unflatten(1, (4, -1)), Grid(scale[..., None], zero[..., None])).flatten(1)
+    nothing = salient_mask(K, None)
+    got = refine(w, correlated_gram(), codes, Grid(scale, zero), torch.empty(N, 0), nothing, 3, 2)
+    assert torch.equal(got[0], codes)
+    assert torch.equal(got[1].scale, scale)

@@ -62,9 +62,12 @@ def test_pca_random_tail_keeps_principal_axes_and_mixes_the_rest():
     assert off_diagonal.abs().max() > 0.01 * values[4]  # GPTQ has correlations to use
 
 
-@pytest.mark.parametrize(("k", "size"), [(1536, 128), (576, 64), (96, 32), (4864, 128), (16, 16)])
-def test_shared_hadamard_block_divides_and_inverts(k, size):
-    block = shared_hadamard_block(k)
+@pytest.mark.parametrize(
+    ("k", "n", "size"), [(1536, 576, 64), (14336, 4096, 128), (576, 4096, 64), (96, 4096, 32), (128, 64, 16)]
+)
+def test_shared_hadamard_block_divides_inverts_and_is_cheap(k, n, size):
+    block = shared_hadamard_block(k, n)
+    assert size == 16 or 16 * block.numel() <= 0.1 * n * k
     assert block.shape == (1, size, size)
     assert block.dtype == torch.float16
     assert_tight(block[0].double() @ inverse_transpose(block)[0].T, eye(size))
@@ -72,7 +75,7 @@ def test_shared_hadamard_block_divides_and_inverts(k, size):
 
 def test_shared_hadamard_block_refuses_odd_widths():
     with pytest.raises(ValueError, match="got in_features 24, need a multiple of 16"):
-        shared_hadamard_block(24)
+        shared_hadamard_block(24, 64)
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
@@ -106,7 +109,7 @@ def test_a_folded_and_rotated_block_is_the_same_function(bias, what):
     family, sizes = family_of("llama"), Sizes.of(model.config)
     residual = random_orthogonal(64, generator(5)) if what in ("residual", "all") else None
     values = torch.stack([random_orthogonal(16, generator(s)) for s in (6, 7)]) if what in ("values", "all") else None
-    mlp_out = shared_hadamard_block(128) if what in ("mlp_out", "all") else None
+    mlp_out = shared_hadamard_block(128, 64) if what in ("mlp_out", "all") else None
     rotated = rotate_block(fold_norms(weights, family), BlockRotations(residual, values, mlp_out), family, sizes)
     if mlp_out is not None:  # the block's code has no online rotation: undo it on the weight
         down = "mlp.down_proj.weight"

@@ -6,6 +6,7 @@ runs them on the tensors of one block.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class BlockModel:
         # its frequencies are computed, not stored, so the meta copy has none
         self._model.set_submodule(self.family.rotary, type(rotary)(config=self.config))
         self._blocks = list(self._model.get_submodule(self.family.blocks))
-        self._kwargs: dict[torch.Size, list[dict[str, Any]]] = {}
+        self._kwargs: dict[tuple[torch.Size, str], list[dict[str, Any]]] = {}
 
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
         """{path inside a block: (in_features, out_features)} of every linear of the family's table."""
@@ -118,18 +119,39 @@ class BlockModel:
             for handle in hooks:
                 handle.remove()
 
+    def attention_received(self, index: int, tensors: Tensors, hidden: Tensor) -> Tensor:
+        """Attention that each token of hidden [batch, length, d] gets in block `index`, summed over heads and
+        queries, under the layer's own mask: [batch, length]. One sequence at a time: a map takes heads x length²."""
+        attention = self._blocks[index].get_submodule(self.family.value.rpartition(".")[0])
+        received: list[Tensor] = []
+
+        def keep(_module: nn.Module, _args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> None:
+            received.append(out[1].sum(dim=(1, 2)))  # [1, heads, queries, keys]
+            raise _Stop
+
+        handle = attention.register_forward_hook(keep)
+        self._model.set_attn_implementation("eager")  # the only one that gives its probabilities out
+        try:
+            for sequence in hidden.split(1):
+                with contextlib.suppress(_Stop):
+                    self.run(index, tensors, sequence)
+        finally:
+            handle.remove()
+            self._model.set_attn_implementation("sdpa")
+        return torch.cat(received)
+
     def _call_arguments(self, hidden: Tensor) -> list[dict[str, Any]]:
         """What the model passes to each block (mask, positions) for a batch of this shape."""
-        if hidden.shape not in self._kwargs:
+        key = (hidden.shape, str(self._model.config._attn_implementation))  # eager attention wants its mask spelt out
+        if key not in self._kwargs:
             recorders = [_Recorder(block, block is self._blocks[-1]) for block in self._blocks]
             parent_path, _, name = self.family.blocks.rpartition(".")
             parent = self._model.get_submodule(parent_path)
             setattr(parent, name, nn.ModuleList(recorders))
             try:
-                parent(inputs_embeds=hidden, use_cache=False)
-            except _Stop:
-                pass
+                with contextlib.suppress(_Stop):
+                    parent(inputs_embeds=hidden, use_cache=False)
             finally:
                 setattr(parent, name, nn.ModuleList(self._blocks))
-            self._kwargs[hidden.shape] = [recorder.kwargs for recorder in recorders]
-        return self._kwargs[hidden.shape]
+            self._kwargs[key] = [recorder.kwargs for recorder in recorders]
+        return self._kwargs[key]

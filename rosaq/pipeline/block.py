@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import BlockModel, Gram, Tokens
+from rosaq.calibrate import BlockModel, Gram, Tokens, importance_from_scores
 from rosaq.config import LinearFormat, Recipe
 from rosaq.layout import dequantize
 from rosaq.models import Family, Site
@@ -63,9 +63,10 @@ def quantize_block(
     """
     fmts = formats(recipe, model.family, rotations)
     current, stored, reports = dict(weights), Tensors(), list[LinearReport]()
+    importance = _importance(model, index, weights, stream, recipe)
     for site in model.family.sites:
         rotation = rotations.mlp_out if site.reads == "hidden" else None
-        gram = _site_gram(model, index, current, stream, site, rotation) if stream else None
+        gram = _site_gram(model, index, current, stream, importance, site, rotation) if stream else None
         done = _quantize_site(site, weights, gram, recipe, rotation)
         for linear, tensors in done.items():
             w, w_hat = weights[f"{linear}.weight"], effective_weight(tensors, fmts[linear], rotated=True)
@@ -77,15 +78,31 @@ def quantize_block(
     return stored, reports
 
 
+def _importance(
+    model: BlockModel, index: int, weights: Tensors, stream: list[Tensor], recipe: Recipe
+) -> list[Tensor | None]:
+    """Importance [tokens] of every batch of the stream, once per block, before any of its linears is quantised."""
+    if recipe.importance.strategy == "uniform":
+        return [None] * len(stream)
+    scores = (model.attention_received(index, weights, hidden) for hidden in stream)
+    return [importance_from_scores(s, recipe.importance.floor).flatten() for s in scores]
+
+
 def _site_gram(
-    model: BlockModel, index: int, current: Tensors, stream: list[Tensor], site: Site, rotation: Tensor | None
+    model: BlockModel,
+    index: int,
+    current: Tensors,
+    stream: list[Tensor],
+    importance: list[Tensor | None],
+    site: Site,
+    rotation: Tensor | None,
 ) -> Tensor:
     gram = Gram(current[f"{site.linears[0]}.weight"].shape[1])
-    for hidden in stream:
+    for hidden, weight in zip(stream, importance, strict=True):
         found, _ = model.inputs_of(index, current, hidden, [site])
         x = found[site.name].flatten(0, -2)
         try:
-            gram.add_tokens(Tokens(x if rotation is None else rotate_blocks(x, rotation)))
+            gram.add_tokens(Tokens(x if rotation is None else rotate_blocks(x, rotation), weight))
         except ValueError as error:
             raise ValueError(f"{model.family.block_prefix(index)}{site.linears[0]}: {error}") from error
     return gram.mean()

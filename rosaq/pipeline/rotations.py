@@ -74,7 +74,7 @@ def choose_rotations(
     mlp_out = None
     if spec.mlp_out == "hadamard":
         site = model.blocks.family.site_reading("hidden")
-        mlp_out = shared_hadamard_block(model.blocks.linear_sizes()[site.linears[0]][0])
+        mlp_out = shared_hadamard_block(*model.blocks.linear_sizes()[site.linears[0]])
     return Rotations(residual, values, mlp_out, spectrum)
 
 

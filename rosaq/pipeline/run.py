@@ -24,7 +24,7 @@ from rosaq.pipeline.probe import MAX_TOKENS, Probe, check_equal
 from rosaq.pipeline.rotations import Rotations, choose_rotations
 from rosaq.pipeline.source import DenseModel, local_directory
 from rosaq.pipeline.workspace import Workspace, block_name, check_output
-from rosaq.recipes import DEFAULT_RECIPE, make_recipe
+from rosaq.recipes import DEFAULT_RECIPE, make_recipe, with_counted_salient
 from rosaq.rotation import fold_norms, rotate_block, rotate_rows
 from rosaq.text import builtin_text, token_windows
 
@@ -89,6 +89,7 @@ def quantize(
     spec = spec or CalibrationSpec()
     check_output(output, force=force)
     dense = DenseModel(local_directory(model))
+    chosen = with_counted_salient(chosen, dense.blocks.sizes.hidden)
     _check_formats(dense.blocks, chosen)
     input_ids = _windows(dense, calibration, spec)
     work = Workspace(output, _request(dense, chosen, spec, input_ids), force=force, resume=resume)

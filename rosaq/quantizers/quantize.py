@@ -9,6 +9,7 @@ from rosaq.config import LinearFormat, QuantSpec
 from rosaq.layout import pack
 from rosaq.quantizers.gptq import gptq
 from rosaq.quantizers.grid import Grid
+from rosaq.quantizers.refine import refine
 from rosaq.quantizers.rtn import rtn
 from rosaq.quantizers.salient import salient_mask
 
@@ -39,7 +40,14 @@ def quantize_weight(
     if spec.method == "gptq":
         if gram is None:
             raise ValueError("gram: got None, need second moments [k, k] of the inputs for method 'gptq'")
-        codes, grid, salient_weight = gptq(w, gram.double(), spec, group_size, salient)
+        gram = gram.double()
+        codes, grid, salient_weight = gptq(w, gram, spec, group_size, salient)
+        if spec.refine:
+            damped = gram.clone()
+            torch.diagonal(damped).add_(spec.damping * torch.diagonal(gram)[~salient].mean())
+            codes, grid, salient_weight = refine(
+                w, damped, codes, grid, salient_weight, salient, spec.bits, spec.refine
+            )
     else:
         # a zero weight rounds to the zero point exactly, so silencing salient columns needs no other special case
         codes, grid = rtn(w.masked_fill(salient, 0.0), spec, group_size)

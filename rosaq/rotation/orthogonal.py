@@ -7,6 +7,8 @@ from torch import Tensor
 
 from rosaq.rotation.hadamard import hadamard, has_hadamard
 
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128
+
 
 def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
     """R [n, n] float64, R Rᵀ = I: a randomised Hadamard matrix where one can be constructed, else Haar-distributed.
@@ -45,18 +47,18 @@ def pca_random_tail(gram: Tensor, num_principal: int, generator: torch.Generator
     return torch.cat([axes[:, :num_principal], tail @ random_orthogonal(tail.shape[1], generator)], dim=1)
 
 
-def shared_hadamard_block(in_features: int, max_size: int = 128) -> Tensor:
-    """One Hadamard block [1, b, b] float16 for t = x · blockdiag(block, ..., block), b the largest power of 2 that
-    divides in_features, at most `max_size`.
+def shared_hadamard_block(in_features: int, out_features: int) -> Tensor:
+    """One Hadamard block [1, b, b] float16 for t = x · blockdiag(block, ..., block): b is the largest power of 2 up to
+    128 that divides in_features and costs at most 0.1 bit per weight of the linear it is stored with.
 
     Rounded to float16 as stored: 1/sqrt(b) is exact only for even powers of 2, so weights must be rotated with the
     inverse of the stored block (`inverse_transpose`), not with the ideal one.
     """
-    size = 1
-    while size < max_size and in_features % (2 * size) == 0:
+    if in_features % _SMALLEST_BLOCK:
+        raise ValueError(f"hadamard block: got in_features {in_features}, need a multiple of {_SMALLEST_BLOCK}")
+    size, budget = _SMALLEST_BLOCK, 0.1 * in_features * out_features
+    while size < _LARGEST_BLOCK and in_features % (2 * size) == 0 and 16 * (2 * size) ** 2 <= budget:
         size *= 2
-    if size < 16:
-        raise ValueError(f"hadamard block: got in_features {in_features}, need a multiple of 16")
     block: Tensor = hadamard(size) / size**0.5
     return block.to(torch.float16)[None]
 

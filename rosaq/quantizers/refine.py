@@ -1,0 +1,93 @@
+"""Improve a finished quantisation without a single bit more: refit what is continuous, then revisit the codes.
+
+Both steps lower the same loss tr(D G Dᵀ), D = Ŵ - W, so alternating them can only help. GPTQ decides every code once,
+knowing only the errors before it; here a code is chosen again knowing all the others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rosaq.quantizers.grid import Grid, from_codes, to_codes
+
+_PANEL = 128
+_PULL = 1e-6  # of each diagonal: keeps a group whose codes are all zero points at its current scale
+
+
+def refine(
+    w: Tensor,
+    gram: Tensor,
+    codes: Tensor,
+    grid: Grid,
+    salient_weight: Tensor,
+    salient: Tensor,
+    bits: int,
+    rounds: int,
+) -> tuple[Tensor, Grid, Tensor]:
+    """`rounds` of refitting scales and salient weights, and a sweep over all codes; ends with a refit.
+
+    w [n, k] float32, gram [k, k] float64 with its damping, codes [n, k] float32 integers, salient bool [k]
+    -> (codes, grid, salient weights) of the same shapes; the zero points stay.
+    """
+    for _ in range(rounds):
+        grid, salient_weight = refit_scales(w, gram, codes, grid, salient_weight, salient)
+        codes = sweep_codes(w, gram, codes, grid, salient_weight, salient, bits)
+    grid, salient_weight = refit_scales(w, gram, codes, grid, salient_weight, salient)
+    return codes, grid, salient_weight
+
+
+def _widened(grid: Grid, k: int) -> Grid:
+    """The grid per column instead of per group: [n, k]."""
+    size = k // grid.scale.shape[1]
+    return Grid(grid.scale.repeat_interleave(size, 1), grid.zero.repeat_interleave(size, 1))
+
+
+def refit_scales(
+    w: Tensor, gram: Tensor, codes: Tensor, grid: Grid, salient_weight: Tensor, salient: Tensor
+) -> tuple[Grid, Tensor]:
+    """Scales [n, groups] and salient weights [n, r] that minimise the loss for the given codes: one small
+    least-squares problem a row, groups + r unknowns. A scale that would not be positive keeps its value."""
+    n, k = w.shape
+    groups, index = grid.scale.shape[1], torch.nonzero(salient).flatten()
+    size, r = k // groups, len(index)
+    steps = (codes - _widened(grid, k).zero).double()  # [n, k]: the weight in units of its scale
+    steps[:, index] = 0
+    target = w.double() @ gram
+    matrix = torch.empty(n, groups + r, groups + r, dtype=torch.float64)
+    for group in range(groups):
+        columns = slice(group * size, (group + 1) * size)
+        product = steps[:, columns] @ gram[columns]  # [n, k]
+        matrix[:, group, :groups] = (product * steps).view(n, groups, size).sum(-1)
+        matrix[:, group, groups:] = matrix[:, groups:, group] = product[:, index]
+    matrix[:, groups:, groups:] = gram[index][:, index]
+    right = torch.cat([(target * steps).view(n, groups, size).sum(-1), target[:, index]], 1)
+    pull = _PULL * torch.diagonal(matrix, dim1=1, dim2=2).clamp_min(1e-30)
+    current = torch.cat([grid.scale.double(), salient_weight.double()], 1)
+    solved = torch.linalg.solve(matrix + torch.diag_embed(pull), (right + pull * current)[..., None])[..., 0]
+    scale = solved[:, :groups].to(torch.float16).float()
+    fits = (scale >= grid.scale / 4) & (scale <= grid.scale * 4)  # anything else is a row without information
+    return Grid(torch.where(fits, scale, grid.scale), grid.zero), solved[:, groups:].to(torch.float16).float()
+
+
+def sweep_codes(
+    w: Tensor, gram: Tensor, codes: Tensor, grid: Grid, salient_weight: Tensor, salient: Tensor, bits: int
+) -> Tensor:
+    """One pass of coordinate descent: every bulk code becomes the best one given all others. Returns new codes."""
+    n, k = w.shape
+    wide, narrow = _widened(grid, k), gram.float()
+    codes = codes.clone()
+    w_hat = from_codes(codes, wide)
+    w_hat[:, salient] = salient_weight
+    slope = (w_hat - w) @ narrow  # half the gradient of the loss, [n, k]
+    for columns in torch.nonzero(~salient).flatten().split(_PANEL):
+        panel, moved = slope[:, columns].T.contiguous(), torch.empty(len(columns), n)
+        inside = narrow[columns][:, columns]
+        for i, j in enumerate(columns.tolist()):
+            step = Grid(wide.scale[:, j], wide.zero[:, j])
+            best = to_codes(w_hat[:, j] - panel[i] / narrow[j, j], step, bits)
+            moved[i] = (best - codes[:, j]) * step.scale
+            codes[:, j] = best
+            panel[i + 1 :].addr_(inside[i, i + 1 :], moved[i])
+        slope.addmm_(moved.T, narrow[columns])
+    return codes
