@@ -66,6 +66,7 @@ def fused_gemm(
     rotation         [B, b, b] float16 or bfloat16, B = k / b, or B = 1: one block for all k / b.
     bias             [n] float16, bfloat16 or float32.
     out_features, bits, group_size (-1: k), symmetric repeat what was packed; they are checked against the blob.
+    The result does not depend on the number of threads; few and many tokens take different paths, equal up to rounding.
     A token with an infinite or NaN channel gives NaN. RuntimeError for anything that does not fit.
     """
     return torch.ops.rosaq.fused_gemm.default(  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ namespace rosaq::cpu {
 namespace {
 
 // Into L2, far enough ahead to cover DRAM latency. Into L1 one token took 1.1 to 1.2 times as long at 4096 x
-// 4096, with no prefetch 1.3 to 1.4 times (noisy machine; the order was the same every time).
+// 4096, with no prefetch 1.3 to 1.4 times (medians on a shared machine, so roughly).
 constexpr int64_t kPrefetchBytes = 8192;
 
 template <class S, int kBits, int kDigits, int kRows>
