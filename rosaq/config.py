@@ -272,18 +272,13 @@ class CalibrationSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named way from a dense model to a quantised one.
-
-    stream   whose activations the second moments are measured on: those of the blocks already "quantized" (as GPTQ and
-             RSQ do), or those of the "dense" model.
-    """
+    """A named way from a dense model to a quantised one."""
 
     name: str
     quant: QuantSpec
     rotation: RotationSpec = RotationSpec()
     salient: SalientSpec = SalientSpec()
     importance: ImportanceSpec = ImportanceSpec()
-    stream: Literal["quantized", "dense"] = "quantized"
 
     @property
     def needs_tokens(self) -> bool:

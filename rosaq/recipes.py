@@ -28,7 +28,6 @@ RECIPES: dict[str, Recipe] = {
         RotationSpec("pca-random", "random", "hadamard"),
         SalientSpec(AUTO, sites=("residual",)),
         ImportanceSpec("attention", 0.01),
-        stream="dense",
     ),
 }
 DEFAULT_RECIPE = "rosaq-gptq"

@@ -59,11 +59,10 @@ def quantize_block(
 ) -> tuple[Tensors, list[LinearReport]]:
     """(stored tensors of the block's linears, reports). weights: folded and rotated, float32, not changed.
 
-    On the quantised stream this is true-sequential: each site's second moments come from a forward pass through the
-    quantised sites before it.
+    True-sequential: each site's second moments come from a forward pass through the quantised sites before it.
     """
     fmts = formats(recipe, model.family, rotations)
-    current, stored, reports = runnable_dense(weights, rotations, model.family), Tensors(), list[LinearReport]()
+    current, stored, reports = dict(weights), Tensors(), list[LinearReport]()
     importance = _importance(model, index, weights, stream, recipe)
     for site in model.family.sites:
         rotation = rotations.mlp_out if site.reads == "hidden" else None
@@ -72,8 +71,7 @@ def quantize_block(
         for linear, tensors in done.items():
             w, w_hat = weights[f"{linear}.weight"], effective_weight(tensors, fmts[linear], rotated=True)
             reports.append(_report(model, index, linear, w, w_hat, gram, tensors, recipe))
-            if recipe.stream == "quantized":
-                current[f"{linear}.weight"] = effective_weight(tensors, fmts[linear])
+            current[f"{linear}.weight"] = effective_weight(tensors, fmts[linear])
             stored |= {f"{linear}.{name}": tensor for name, tensor in tensors.items()}
             if f"{linear}.bias" in weights:
                 stored[f"{linear}.bias"] = weights[f"{linear}.bias"].to(torch.float16)
@@ -146,16 +144,6 @@ def _basis(w: Tensor, tensors: Tensors, gram: Tensor, recipe: Recipe, count: int
     basis = axes[:, :count].to(torch.float16)
     w_hat = dequantize(tensors["qweight"], tensors["scales"], tensors.get("zeros"), recipe.quant.bits)
     return {"salient_weight": ((w - w_hat).double() @ basis.double()).to(torch.float16), "salient_basis": basis}
-
-
-def runnable_dense(weights: Tensors, rotations: BlockRotations, family: Family) -> Tensors:
-    """Rotated weights as the block's own code can run them: it knows no online rotation, so that one is undone."""
-    result = dict(weights)
-    if rotations.mlp_out is not None:
-        back = rotations.mlp_out.float().transpose(-1, -2)
-        for linear in family.site_reading("hidden").linears:
-            result[f"{linear}.weight"] = rotate_blocks(weights[f"{linear}.weight"], back)
-    return result
 
 
 def effective_weight(tensors: Tensors, fmt: LinearFormat, *, rotated: bool = False) -> Tensor:

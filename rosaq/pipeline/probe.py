@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from rosaq.calibrate import BlockModel
-from rosaq.pipeline.block import runnable_dense
-from rosaq.rotation import BlockRotations
+from rosaq.rotation import BlockRotations, rotate_blocks
 
 TOLERANCE = 1e-3  # relative to the largest magnitude; float32 models agree to about 1e-5
 MAX_TOKENS = 128
@@ -31,7 +30,11 @@ class Probe:
         rotations: BlockRotations,
     ) -> Probe:
         """Both through block `index`; ValueError if they part."""
-        weights = runnable_dense(rotated, rotations, model.family)
+        weights = dict(rotated)
+        if rotations.mlp_out is not None:
+            for linear in model.family.site_reading("hidden").linears:
+                online = rotations.mlp_out.float().transpose(-1, -2)
+                weights[f"{linear}.weight"] = rotate_blocks(weights[f"{linear}.weight"], online)
         out = Probe(model.run(index, dense, self.dense), model.run(index, weights, self.rotated))
         back = out.rotated if rotations.residual is None else (out.rotated.double() @ rotations.residual.T).float()
         check_equal(back, out.dense, f"{model.family.block_prefix(index)[:-1]}")

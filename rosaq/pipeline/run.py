@@ -19,7 +19,7 @@ from rosaq.calibrate import BlockModel
 from rosaq.checkpoint import bits_per_weight, total_bytes
 from rosaq.config import CalibrationSpec, LinearFormat, Recipe
 from rosaq.pipeline.assemble import write_checkpoint
-from rosaq.pipeline.block import LinearReport, effective_weight, formats, quantize_block, runnable_dense
+from rosaq.pipeline.block import LinearReport, effective_weight, formats, quantize_block
 from rosaq.pipeline.probe import MAX_TOKENS, Probe, check_equal
 from rosaq.pipeline.rotations import Rotations, choose_rotations
 from rosaq.pipeline.source import DenseModel, local_directory
@@ -162,44 +162,36 @@ class _Run:
         finished = self._work.num_finished_blocks()
         for index in range(model.sizes.num_blocks):
             rotations = self.rotations.of_block(index)
-            dense = self._recipe.stream == "dense" and bool(stream)
-            weights = self._rotated(index) if index >= finished or dense else {}
+            name = block_name(index)
             if index >= finished:
-                self._quantize_block(index, weights, stream)
-            saved = self._work.load(block_name(index))
+                self._quantize_block(index, stream)
+            saved = self._work.load(name)
             assert saved is not None
             tensors, values = saved
             self.reports += [LinearReport(**r) for r in values["reports"]]
             if "probe.dense" in tensors:
                 self._probe = Probe(tensors.pop("probe.dense"), tensors.pop("probe.rotated"))
-            if dense:
-                runnable = runnable_dense(weights, rotations, family)
-            else:
-                runnable = _runnable(tensors, formats(self._recipe, family, rotations))
+            runnable = _runnable(tensors, formats(self._recipe, family, rotations))
             for i, hidden in enumerate(stream):
                 stream[i] = model.run(index, runnable, hidden)
                 if not torch.isfinite(stream[i]).all():
                     raise ValueError(
-                        f"activations: {family.block_prefix(index)[:-1]}: got NaN or Inf, need finite numbers"
+                        f"activations: {family.block_prefix(index)[:-1]}: got NaN or Inf after quantising it"
                     )
             self._report("blocks", index, _mean_db(self.reports, len(values["reports"])))
 
-    def _rotated(self, index: int) -> Tensors:
-        """The folded and rotated weights of a block, float32 (as they are where the recipe has no rotation)."""
-        family, sizes = self._dense.blocks.family, self._dense.blocks.sizes
-        weights = self._dense.block(index)
-        if self._recipe.rotation.is_identity:
-            return weights
-        return rotate_block(fold_norms(weights, family), self.rotations.of_block(index), family, sizes)
-
-    def _quantize_block(self, index: int, weights: Tensors, stream: list[Tensor]) -> None:
+    def _quantize_block(self, index: int, stream: list[Tensor]) -> None:
         model, rotations = self._dense.blocks, self.rotations.of_block(index)
+        dense = self._dense.block(index)
+        weights = dense
+        if not self._recipe.rotation.is_identity:
+            weights = rotate_block(fold_norms(dense, model.family), rotations, model.family, model.sizes)
         stored, reports = quantize_block(model, index, weights, stream, self._recipe, rotations)
         for name, tensor in weights.items():
             if name.rpartition(".")[0] not in model.family.linears:
                 stored[name] = self._dense.to_storage(tensor, model.family.block_prefix(index) + name)
         if self._probe is not None:
-            probe = self._probe.step(model, index, self._dense.block(index), weights, rotations)
+            probe = self._probe.step(model, index, dense, weights, rotations)
             stored |= {"probe.dense": probe.dense, "probe.rotated": probe.rotated}
         self._work.save(block_name(index), stored, {"reports": [r.to_dict() for r in reports]})
 
