@@ -172,28 +172,33 @@ class Killed(BaseException):
     """As hard a stop as a test can make inside one process."""
 
 
-@pytest.mark.parametrize("stop_after", [("axes", 1), ("blocks", 0), ("blocks", 1), ("write", 2)])
-def test_a_killed_run_resumes_bit_identically(stop_after, dense, made, tmp_path):
+@pytest.mark.parametrize(
+    ("recipe", "stop_after"),
+    [("rosaq-gptq", step) for step in (("axes", 1), ("blocks", 0), ("blocks", 1), ("write", 2))]
+    + [("rosaq", ("blocks", 0))],  # an online basis
+)
+def test_a_killed_run_resumes_bit_identically(recipe, stop_after, dense, made, tmp_path):
     output = tmp_path / "out"
+    request = SMALL | {"recipe": recipe, "salient": 4}
 
     def kill(event):
         if (event.stage, event.block) == stop_after:
             raise Killed
 
     with pytest.raises(Killed):
-        quantize(dense, output, salient=4, progress=kill, **SMALL)
+        quantize(dense, output, progress=kill, **request)
     assert not output.exists()
     if stop_after[0] == "axes":  # no block finished: nothing to resume, nothing left behind
         assert list(tmp_path.iterdir()) == []
         return
     with pytest.raises(ValueError, match="output: got an unfinished run"):
-        quantize(dense, output, salient=4, **SMALL)
+        quantize(dense, output, **request)
     with pytest.raises(ValueError, match="resume: got another request"):
-        quantize(dense, output, salient=2, resume=True, **SMALL)
+        quantize(dense, output, resume=True, **(request | {"salient": 2}))
     seen = []
-    quantize(dense, output, salient=4, resume=True, progress=lambda e: seen.append((e.stage, e.block)), **SMALL)
+    quantize(dense, output, resume=True, progress=lambda e: seen.append((e.stage, e.block)), **request)
     assert ("axes", 0) not in seen
-    undisturbed = made["rosaq-gptq"][0]
+    undisturbed = made[recipe][0]
     for path in sorted(undisturbed.iterdir()):
         assert (output / path.name).read_bytes() == path.read_bytes(), path.name
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
