@@ -13,10 +13,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from rosaq.checkpoint import write_shards
-from rosaq.config import CheckpointConfig, LinearFormat
+from rosaq.config import CalibrationSpec, CheckpointConfig, LinearFormat
 from rosaq.layout import pack
 
 VOCAB_SIZE = 264
+
+# A calibration that takes a tiny model a second: arguments of `rosaq.quantize`.
+TEXT = ["The quick brown fox jumps over the lazy dog, again and again, until the hounds give up. " * 40]
+SMALL: dict[str, Any] = {
+    "group_size": 32,
+    "calibration": TEXT,
+    "spec": CalibrationSpec(num_sequences=6, sequence_length=48, batch_size=4),
+}
 
 
 class ByteTokenizer:

@@ -1,11 +1,10 @@
 """The pipeline end to end on tiny models: what it writes, that it resumes bit-identically, what it refuses."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rosaq
@@ -15,12 +14,8 @@ from rosaq.linear import RosaqLinear
 from rosaq.pipeline import quantize
 from rosaq.pipeline.probe import TOLERANCE
 from rosaq.recipes import RECIPES
-from tests.models import save_dense, tiny_llama, tiny_mistral
+from tests.models import SMALL, TEXT, save_dense, tiny_llama, tiny_mistral
 from tests.tolerances import assert_same_function
-
-TEXT = ["The quick brown fox jumps over the lazy dog, again and again, until the hounds give up. " * 40]
-SPEC = CalibrationSpec(num_sequences=6, sequence_length=48, batch_size=4)
-SMALL = {"group_size": 32, "calibration": TEXT, "spec": SPEC}
 
 
 @pytest.fixture(scope="module")
@@ -220,120 +215,6 @@ def test_force_replaces_only_at_the_end(dense, tmp_path):
     quantize(dense, output, recipe="rtn", force=True, **SMALL)
     assert not (output / "precious.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def _broken(dense, tmp_path, change):
-    copy = tmp_path / "broken"
-    shutil.copytree(dense, copy)
-    change(copy)
-    return copy
-
-
-def _edit_config(**values):
-    def change(directory):
-        path = directory / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return change
-
-
-def _edit_weights(name, edit):
-    def change(directory):
-        path = directory / "model.safetensors"
-        tensors = load_file(path)
-        edit(tensors, name)
-        save_file(tensors, path, metadata={"format": "pt"})
-
-    return change
-
-
-def _put_nan(tensors, name):
-    tensors[name][0, 0] = torch.nan
-
-
-def _truncate(directory):
-    path = directory / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-DOWN = "model.layers.1.mlp.down_proj.weight"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_edit_config(model_type="gpt2", n_head=4), "model_type: got 'gpt2', need one of"),
-        (_edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised already"),
-        (_truncate, "truncated"),
-        (lambda d: (d / "model.safetensors").unlink(), "got no weights, need model.safetensors"),
-        (lambda d: (d / "config.json").unlink(), "without config.json"),
-        (_edit_weights(DOWN, lambda t, n: t.pop(n)), f"lacks 1 of .*{DOWN}"),
-        (_edit_weights(DOWN, _put_nan), f"weights: {DOWN}: got NaN or Inf"),
-    ],
-)
-def test_a_bad_model_is_refused_and_nothing_is_left(change, message, dense, tmp_path):
-    model = _broken(dense, tmp_path, change)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        quantize(model, tmp_path / "out", **SMALL)
-    assert not (tmp_path / "out").exists()
-    leftovers = [path for path in tmp_path.iterdir() if path.name not in ("broken", ".out.partial")]
-    assert leftovers == []
-
-
-def test_activations_that_overflow_name_the_layer(dense, tmp_path):
-    def inflate(tensors, _name):
-        # finite in float32 weights, but gate * up overflows
-        for linear in ("gate_proj", "up_proj"):
-            key = f"model.layers.0.mlp.{linear}.weight"
-            tensors[key] = tensors[key].float() * 1e30
-
-    model = _broken(dense, tmp_path, _edit_weights("", inflate))
-    with pytest.raises(ValueError, match=r"layers\.0.*NaN or Inf"):
-        quantize(model, tmp_path / "out", recipe="gptq", **SMALL)
-    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"recipe": "magic"}, "recipe: got 'magic', need one of rtn, gptq"),
-        ({"bits": 5}, r"bits: got 5, need one of \(3, 4\)"),
-        ({"group_size": 96}, "self_attn.q_proj: group_size: got 96, need a divisor of in_features 64"),
-        ({"group_size": 48}, "group_size: got 48, need a positive multiple of 32"),
-        ({"salient": 17}, "self_attn.q_proj: salient: got 17, need at most in_features / 4 = 16"),
-        ({"salient": -1}, "salient: got -1"),
-        ({"calibration": ["too short"]}, "text: got 9 tokens"),
-        ({"resume": True}, "resume: got no unfinished run"),
-    ],
-)
-def test_bad_arguments_are_refused_before_any_work(arguments, message, dense, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        quantize(dense, tmp_path / "out", **(SMALL | arguments))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_model_that_is_nowhere_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="model: got .*nowhere"):
-        quantize(tmp_path / "nowhere", tmp_path / "out", **SMALL)
-
-
-def test_a_full_disk_is_told_and_leaves_the_finished_blocks(dense, tmp_path, monkeypatch):
-    import rosaq.pipeline.workspace as workspace
-
-    real = workspace.save_file
-
-    def full(tensors, path, metadata):
-        if "block-00001" in str(path):
-            raise OSError(28, "No space left on device")
-        real(tensors, path, metadata=metadata)
-
-    monkeypatch.setattr(workspace, "save_file", full)
-    with pytest.raises(OSError, match="disk full: got .* bytes free, need"):
-        quantize(dense, tmp_path / "out", recipe="rtn", **SMALL)
-    monkeypatch.undo()
-    assert not (tmp_path / "out").exists()
-    quantize(dense, tmp_path / "out", recipe="rtn", resume=True, **SMALL)
-    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_the_public_function_is_the_pipeline(dense, tmp_path):
