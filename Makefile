@@ -7,6 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 QUICKSTART ?=
 
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.py' | sort)
+FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | sort)
 
 .PHONY: quickstart test lint tests format clean
 
@@ -19,7 +20,7 @@ lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp,$(NATIVE))
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 tests: $(VENV)/.demo
 	$(BIN)/python -m pytest -n 2
@@ -27,7 +28,7 @@ tests: $(VENV)/.demo
 format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.h %.cpp,$(NATIVE))
+	$(BIN)/clang-format -i $(FORMATTED)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -22,11 +22,16 @@ import native  # noqa: E402
 
 TORCH_INCLUDE = re.compile(r'#include [<"](torch|ATen|c10|pybind11)/')
 RELATIVE_INCLUDE = re.compile(r'#include "(?:\.\./(\w+)/)?([\w.]+)"')
-MAY_INCLUDE = {"common": {"common"}, "cpu": {"common", "cpu"}, "torch": {"common", "cpu", "torch"}}
+MAY_INCLUDE = {
+    "common": {"common"},
+    "device": {"common", "device"},
+    "cpu": {"common", "cpu"},
+    "torch": {"common", "cpu", "torch"},
+}
 
 
 def sources() -> list[Path]:
-    return sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cpp")])
+    return sorted(path for suffix in ("h", "cuh", "cpp", "cu") for path in CSRC.rglob(f"*.{suffix}"))
 
 
 def test_only_the_torch_folder_includes_torch() -> None:
