@@ -1,0 +1,55 @@
+// What a launch of the CUDA kernels needs: plain structs, host and device. Sizes in elements unless named _bytes.
+#pragma once
+
+#include <cstdint>
+
+#include "layout_cuda.h"
+#include "params.h"
+
+namespace rosaq::cuda {
+
+constexpr int kMaxTokens = 64;   // of one launch: eight MMA tiles of 8 tokens
+constexpr int kSalientCols = 32;  // salient directions of one K-tile
+
+// Words of the per-stream counters. All are zero between launches but the generation, which only ever grows.
+constexpr int kBarrierCount = 0, kBarrierGeneration = 1, kFirstTileCounter = 4;
+
+// How the work is cut. A K-tile is 128 k of low-bit weights or 32 salient directions, for `rows` rows of y; the K-tiles
+// of all row tiles form one list, and every block takes a contiguous part of it (Stream-K). Part of every launch's
+// parameters, so that device and host compute with the same numbers.
+struct Schedule {
+    int row_tiles, k_tiles;      // k_tiles: of one row tile, low-bit tiles first, then salient ones
+    int grid;                    // blocks
+    int tiles_per_block, extra;  // the first `extra` blocks take one K-tile more
+    int projection_parts;        // cuts of k in which s = t * salient_basis is computed, 0 without a basis
+};
+
+struct GemmParams {
+    const void* x;  // [m, k], T
+    void* y;        // [m, n], T
+    int m, n, k;
+
+    const uint8_t* codes;  // parts of the blob, see layout_cuda.h
+    const uint8_t* scales;
+    const uint8_t* zeros;
+    int slabs, k_blocks, groups;
+    int groups_per_block;  // groups of 128 k: 4, 2 or 1; 1 also where a group is longer than 128
+    bool scale_is_bf16;
+
+    int r;
+    Buffer salient_weight;         // [n, r]
+    const int32_t* salient_index;  // [r]
+    Buffer salient_basis;          // [k, r]
+    int rotation_size;             // b, 0 for none
+    int rotation_blocks;
+    Buffer rotation;  // [B, b, b]
+    Buffer bias;      // [n]
+
+    Schedule schedule;
+    void* t;           // [m, k] T: x rotated; null without a rotation
+    float* s_parts;    // [projection_parts, m, r]
+    float* partials;   // [grid, 2, tokens, rows]: row tiles that several blocks share
+    int* counters;     // kFirstTileCounter + row_tiles
+};
+
+}  // namespace rosaq::cuda
