@@ -1,22 +1,27 @@
-// The packed layout of the CUDA kernels, bit by bit. Packer, kernels and the emulator take their maps from here.
+// The packed layout of the CUDA kernels, bit by bit. Packer, kernels and the emulator take their maps from
+// here.
 //
 //   blob    = header (128 bytes) | codes | scales | zeros (asymmetric only) | trailer
 //   codes   = slabs of 128 rows; in a slab the blocks of 128 k one after another; in a block 4 records
-//   record  = 32 rows x 128 k, what one warp multiplies between two barriers: `bits` planes of 32 lanes x 16 bytes,
+//   record  = 32 rows x 128 k, what one warp multiplies between two barriers: `bits` planes of 32 lanes x 16
+//   bytes,
 //             so a lane fetches its part with `bits` conflict-free 16-byte loads
 //   scales  = [slab][group][128 rows] 16-bit, zeros the same in bytes; groups are padded to whole blocks of k
 //
-// Which weights a lane holds follows from mma.m16n8k16 with W as its 16-row operand. Lane 4 * gid + tid holds rows
-// 4 * gid .. 4 * gid + 3 of the record: two MMA row tiles (rows gid and gid + 8 of each), numbered so that the four
-// rows of a lane are neighbours in y and their scales one 8-byte load. In every 32 k it holds 8 neighbours, 8 * tid ..
-// 8 * tid + 7: the sum over k does not care about the order, and so a lane reads its activations 16 bytes at a time.
+// Which weights a lane holds follows from mma.m16n8k16 with W as its 16-row operand. Lane 4 * gid + tid holds
+// rows 4 * gid .. 4 * gid + 3 of the record: two MMA row tiles (rows gid and gid + 8 of each), numbered so
+// that the four rows of a lane are neighbours in y and their scales one 8-byte load. In every 32 k it holds 8
+// neighbours, 8 * tid .. 8 * tid + 7: the sum over k does not care about the order, and so a lane reads its
+// activations 16 bytes at a time.
 //
-// A pair is two codes of one row and neighbouring k, in the two halves of a word, as the halves of an MMA register.
+// A pair is two codes of one row and neighbouring k, in the two halves of a word, as the halves of an MMA
+// register.
 //   4 bits: a word holds the 4 pairs of one MMA at bits 0, 4, 8, 12 of each half.
-//   3 bits: a half of 16 bits holds five codes and one spare bit: codes at 0, 3, 6, 10, 13, the spare bit at 9. Three
-//           words hold 15 pairs, their spare bits the 16th (bit i in word i): 16 pairs, 64 k of one row tile, in exactly
-//           96 bits. Shifting word i right by 9 - i brings its last two codes into the mantissa range and its spare bit
-//           to bit i: 16 pairs cost 18 lop3 and 3 shifts.
+//   3 bits: a half of 16 bits holds five codes and one spare bit: codes at 0, 3, 6, 10, 13, the spare bit
+//   at 9. Three
+//           words hold 15 pairs, their spare bits the 16th (bit i in word i): 16 pairs, 64 k of one row tile,
+//           in exactly 96 bits. Shifting word i right by 9 - i brings its last two codes into the mantissa
+//           range and its spare bit to bit i: 16 pairs cost 18 lop3 and 3 shifts.
 #pragma once
 
 #include <cstdint>
@@ -35,13 +40,15 @@ constexpr int kLoadBytes = 16;
 constexpr int kPairs = 16;  // of a 3-bit chunk
 constexpr int64_t kHeaderBytes = 128;
 constexpr uint32_t kLayoutVersion = 1;
-// A blob's size tells the host, which may not wait for the device to read the header, what it holds: blobs of the CPU
-// are multiples of 64 bytes, these are not, and the remainder tells layout version and scale dtype.
+// A blob's size tells the host, which may not wait for the device to read the header, what it holds: blobs of
+// the CPU are multiples of 64 bytes, these are not, and the remainder tells layout version and scale dtype.
 constexpr int64_t kTrailerUnit = 16;
 
-static_assert(kLanes * kLoadBytes * 8 == kRecordRows * kBlockK, "one plane of a record is one bit per weight");
+static_assert(kLanes * kLoadBytes * 8 == kRecordRows * kBlockK,
+              "one plane of a record is one bit per weight");
 
-// Where one weight of a record is: bit `bit` of 32-bit word `word` (of the lane's 4 * bits words), and the lane.
+// Where one weight of a record is: bit `bit` of 32-bit word `word` (of the lane's 4 * bits words), and the
+// lane.
 struct CodePlace {
     int lane, row_tile, row_half;  // the MMA's row gid + 8 * row_half in row tile row_tile
     int step;                      // which of the 8 MMA steps of the block
@@ -71,7 +78,8 @@ constexpr int word_of_4bit(int row_tile, int step) {
     return step / 2 * 4 + row_tile * 2 + step % 2;
 }
 
-// 3 bits: first of the three words of (row tile, half of the block); pair number of (step within the half, register).
+// 3 bits: first of the three words of (row tile, half of the block); pair number of (step within the half,
+// register).
 constexpr int words_of_3bit(int row_tile, int k_half_block) {
     return (k_half_block * 2 + row_tile) * 3;
 }
@@ -123,7 +131,7 @@ struct BlobLayout {
 };
 
 constexpr BlobLayout blob_layout(int64_t n, int64_t k, int bits, int64_t group_size, bool symmetric,
-                                                   uint32_t scale_dtype) {
+                                 uint32_t scale_dtype) {
     BlobLayout l{};
     l.slabs = ceil_div<int64_t>(n, kSlabRows);
     l.k_blocks = ceil_div<int64_t>(k, kBlockK);

@@ -1,4 +1,5 @@
-// What a launch of the CUDA kernels needs: plain structs, host and device. Sizes in elements unless named _bytes.
+// What a launch of the CUDA kernels needs: plain structs, host and device. Sizes in elements unless named
+// _bytes.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +9,15 @@
 
 namespace rosaq::cuda {
 
-constexpr int kMaxTokens = 64;   // of one launch: eight MMA tiles of 8 tokens
+constexpr int kMaxTokens = 64;    // of one launch: eight MMA tiles of 8 tokens
 constexpr int kSalientCols = 32;  // salient directions of one K-tile
 
 // Words of the per-stream counters. All are zero between launches but the generation, which only ever grows.
 constexpr int kBarrierCount = 0, kBarrierGeneration = 1, kFirstTileCounter = 4;
 
-// How the work is cut. A K-tile is 128 k of low-bit weights or 32 salient directions, for `rows` rows of y; the K-tiles
-// of all row tiles form one list, and every block takes a contiguous part of it (Stream-K). Part of every launch's
-// parameters, so that device and host compute with the same numbers.
+// How the work is cut. A K-tile is 128 k of low-bit weights or 32 salient directions, for `rows` rows of y;
+// the K-tiles of all row tiles form one list, and every block takes a contiguous part of it (Stream-K). Part
+// of every launch's parameters, so that device and host compute with the same numbers.
 struct Schedule {
     int row_tiles, k_tiles;      // k_tiles: of one row tile, low-bit tiles first, then salient ones
     int grid;                    // blocks
@@ -46,10 +47,10 @@ struct GemmParams {
     Buffer bias;      // [n]
 
     Schedule schedule;
-    void* t;           // [m, k] T: x rotated; null without a rotation
-    float* s_parts;    // [projection_parts, m, r]
-    float* partials;   // [grid, 2, tokens, rows]: row tiles that several blocks share
-    int* counters;     // kFirstTileCounter + row_tiles
+    void* t;          // [m, k] T: x rotated; null without a rotation
+    float* s_parts;   // [projection_parts, m, r]
+    float* partials;  // [grid, 2, tokens, rows]: row tiles that several blocks share
+    int* counters;    // kFirstTileCounter + row_tiles
 };
 
 }  // namespace rosaq::cuda

@@ -1,8 +1,9 @@
 // Packed codes to MMA registers, exactly: every weight becomes the integer code - 2^(bits - 1) in T.
 //
-// OR-ing a code into the mantissa of 2^kMantissa (1024 in float16, 128 in bfloat16) gives a float that is larger by
-// code * 2^position; one fused multiply-add takes the bias off and the position out. No integer is ever converted.
-// float16 has room for codes up to bit 9, bfloat16 up to bit 6, which costs it some more shifts.
+// OR-ing a code into the mantissa of 2^kMantissa (1024 in float16, 128 in bfloat16) gives a float that is
+// larger by code * 2^position; one fused multiply-add takes the bias off and the position out. No integer is
+// ever converted. float16 has room for codes up to bit 9, bfloat16 up to bit 6, which costs it some more
+// shifts.
 #pragma once
 
 #include "number.cuh"
@@ -25,7 +26,8 @@ ROSAQ_DEVICE uint32_t unbiased(uint32_t biased) {
     using Pair = typename Number<T>::Pair;
     constexpr uint32_t offset =
         pair_bits<T>((1 << (Number<T>::kMantissa - kPosition)) + (1 << (kBits - 1)), /*negative=*/true);
-    if constexpr (kPosition == 0) return bits_as<uint32_t>(__hadd2(bits_as<Pair>(biased), bits_as<Pair>(offset)));
+    if constexpr (kPosition == 0)
+        return bits_as<uint32_t>(__hadd2(bits_as<Pair>(biased), bits_as<Pair>(offset)));
     constexpr uint32_t unit = pair_bits_of_power<T>(-kPosition);
     return bits_as<uint32_t>(ptx::hfma2(bits_as<Pair>(biased), bits_as<Pair>(unit), bits_as<Pair>(offset)));
 }
@@ -50,57 +52,58 @@ ROSAQ_DEVICE void decode_4bit(uint32_t word, uint32_t (&a)[4]) {
     }
 }
 
-// Five pairs of word kIndex (0-2) of a 3-bit chunk; returns the word shifted so that its spare bit is at
-// spare_position() + kIndex.
-template <class T, int kIndex>
-ROSAQ_DEVICE uint32_t decode_3bit_word(uint32_t word, uint32_t* pairs) {
-    pairs[0] = decoded<T, 3, field_bit(0)>(word);
-    pairs[1] = decoded<T, 3, field_bit(1)>(word);
-    if constexpr (Number<T>::kMantissa >= 9) {
-        constexpr int shift = kSpareBit - kIndex;
-        pairs[2] = decoded<T, 3, field_bit(2)>(word);
-        pairs[3] = decoded<T, 3, field_bit(3) - shift>(word >> shift);
-        pairs[4] = decoded<T, 3, field_bit(4) - shift>(word >> shift);
-        return word >> shift;
+// How far word kIndex (0-2) of a 3-bit chunk moves right for its field to lie in the mantissa.
+template <class T>
+constexpr int field_shift(int index, int field) {
+    if (Number<T>::kMantissa >= 9) return field < 3 ? 0 : kSpareBit - index;
+    return field < 2 ? 0 : field == 2 ? 5 - index : kSpareBit;
+}
+
+template <class T, int kIndex, int kField>
+ROSAQ_DEVICE uint32_t decode_field(const uint32_t* words) {
+    constexpr int shift = field_shift<T>(kIndex, kField);
+    return decoded<T, 3, field_bit(kField) - shift>(words[kIndex] >> shift);
+}
+
+// The pair in the spare bits: bit i of its codes is the spare bit of word i, shifted as the word's other
+// fields are.
+template <class T>
+ROSAQ_DEVICE uint32_t decode_spare(const uint32_t* words) {
+    constexpr int field = Number<T>::kMantissa >= 9 ? 3 : 2, low = kSpareBit - field_shift<T>(0, field);
+    uint32_t pair = codes_at<T, 1, low>(words[0] >> field_shift<T>(0, field));
+    pair = codes_at<T, 1, low + 1>(words[1] >> field_shift<T>(1, field), pair);
+    pair = codes_at<T, 1, low + 2>(words[2] >> field_shift<T>(2, field), pair);
+    return unbiased<T, 3, low>(pair);
+}
+
+// The registers of two MMA steps (32 k of one row tile), the first or second half of three words of 3-bit
+// codes.
+template <class T, bool kSecond>
+ROSAQ_DEVICE void decode_3bit(const uint32_t* words, uint32_t (&a)[2][4]) {
+    if constexpr (!kSecond) {
+        a[0][0] = decode_field<T, 0, 0>(words), a[0][1] = decode_field<T, 0, 1>(words);
+        a[0][2] = decode_field<T, 0, 2>(words), a[0][3] = decode_field<T, 0, 3>(words);
+        a[1][0] = decode_field<T, 0, 4>(words), a[1][1] = decode_field<T, 1, 0>(words);
+        a[1][2] = decode_field<T, 1, 1>(words), a[1][3] = decode_field<T, 1, 2>(words);
     } else {
-        constexpr int shift = 5 - kIndex, far = kSpareBit;
-        pairs[2] = decoded<T, 3, field_bit(2) - shift>(word >> shift);
-        pairs[3] = decoded<T, 3, field_bit(3) - far>(word >> far);
-        pairs[4] = decoded<T, 3, field_bit(4) - far>(word >> far);
-        return word >> shift;
+        a[0][0] = decode_field<T, 1, 3>(words), a[0][1] = decode_field<T, 1, 4>(words);
+        a[0][2] = decode_field<T, 2, 0>(words), a[0][3] = decode_field<T, 2, 1>(words);
+        a[1][0] = decode_field<T, 2, 2>(words), a[1][1] = decode_field<T, 2, 3>(words);
+        a[1][2] = decode_field<T, 2, 4>(words), a[1][3] = decode_spare<T>(words);
     }
 }
 
-template <class T>
-constexpr int spare_position() {
-    return Number<T>::kMantissa >= 9 ? 0 : kSpareBit - 5;
-}
-
-// The registers of four MMA steps (64 k of one row tile) from three words of 3-bit codes.
-template <class T>
-ROSAQ_DEVICE void decode_3bit(const uint32_t* words, uint32_t (&a)[4][4]) {
-    constexpr int spare = spare_position<T>();
-    uint32_t* pairs = &a[0][0];
-    const uint32_t first = decode_3bit_word<T, 0>(words[0], pairs);
-    const uint32_t second = decode_3bit_word<T, 1>(words[1], pairs + kFieldsPerWord);
-    const uint32_t third = decode_3bit_word<T, 2>(words[2], pairs + 2 * kFieldsPerWord);
-    uint32_t last = codes_at<T, 1, spare>(first);
-    last = codes_at<T, 1, spare + 1>(second, last);
-    last = codes_at<T, 1, spare + 2>(third, last);
-    pairs[kPairs - 1] = unbiased<T, 3, spare>(last);
-}
-
-// Registers a[row tile][step] of half a block (64 k) from a lane's 4 * kBits words of the record.
-template <class T, int kBits>
-ROSAQ_DEVICE void decode_half_block(const uint32_t (&words)[4 * kBits], int half, uint32_t (&a)[2][4][4]) {
+// Registers a[row tile][step] of 32 k, number kSub (0-3) of the block, from a lane's 4 * kBits words of the
+// record.
+template <class T, int kBits, int kSub>
+ROSAQ_DEVICE void decode(const uint32_t (&words)[4 * kBits], uint32_t (&a)[2][2][4]) {
 #pragma unroll
     for (int row_tile = 0; row_tile < 2; ++row_tile) {
         if constexpr (kBits == 3) {
-            decode_3bit<T>(words + words_of_3bit(row_tile, half), a[row_tile]);
+            decode_3bit<T, kSub % 2 != 0>(words + words_of_3bit(row_tile, kSub / 2), a[row_tile]);
         } else {
-#pragma unroll
-            for (int step = 0; step < 4; ++step)
-                decode_4bit<T>(words[word_of_4bit(row_tile, half * 4 + step)], a[row_tile][step]);
+            decode_4bit<T>(words[word_of_4bit(row_tile, 2 * kSub)], a[row_tile][0]);
+            decode_4bit<T>(words[word_of_4bit(row_tile, 2 * kSub + 1)], a[row_tile][1]);
         }
     }
 }

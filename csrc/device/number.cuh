@@ -16,7 +16,8 @@ ROSAQ_DEVICE To bits_as(From from) {
     return to;
 }
 
-// A positive integer as the bits of a float with kMantissa stored bits; exact for less than 2^(kMantissa + 1).
+// A positive integer as the bits of a float with kMantissa stored bits; exact for less than 2^(kMantissa +
+// 1).
 constexpr uint32_t float_bits_of(int value, int mantissa, int bias) {
     int exponent = 0;
     while (value >> (exponent + 1)) ++exponent;
@@ -50,7 +51,8 @@ struct Number<__nv_bfloat16> {
 // A pair whose halves are both `value` / 2^shift, negated if asked, as register bits.
 template <class T>
 constexpr uint32_t pair_bits(int value, bool negative = false) {
-    const uint32_t half = float_bits_of(value, Number<T>::kMantissa, Number<T>::kBias) | (negative ? 0x8000u : 0u);
+    const uint32_t half =
+        float_bits_of(value, Number<T>::kMantissa, Number<T>::kBias) | (negative ? 0x8000u : 0u);
     return half | half << 16;
 }
 template <class T>

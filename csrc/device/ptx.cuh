@@ -10,8 +10,10 @@
 #ifdef ROSAQ_EMULATE
 #include "emulator/instructions.h"
 #define ROSAQ_PTX(emulated, ...) emulated
+#define ROSAQ_PURE_PTX(emulated, ...) emulated
 #else
 #define ROSAQ_PTX(emulated, ...) asm volatile(__VA_ARGS__)
+#define ROSAQ_PURE_PTX(emulated, ...) asm(__VA_ARGS__)  // depends on its operands alone: free to move
 #endif
 
 // Instructions of sm_90 are not declared for older targets, so that using one is a compile error, not a trap.
@@ -126,7 +128,7 @@ ROSAQ_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint
 
 template <>
 ROSAQ_DEVICE void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    ROSAQ_PTX(
+    ROSAQ_PURE_PTX(
         emu::mma_m16n8k16_f16(d, a, b),
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};" : "+f"(d[0]),
@@ -136,7 +138,7 @@ ROSAQ_DEVICE void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4], co
 
 template <>
 ROSAQ_DEVICE void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    ROSAQ_PTX(
+    ROSAQ_PURE_PTX(
         emu::mma_m16n8k16_bf16(d, a, b),
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};" : "+f"(d[0]),
@@ -144,7 +146,45 @@ ROSAQ_DEVICE void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)
         "r"(b[1]));
 }
 
+// d = a b, the first of a chain: starting from zeros in registers would cost four moves.
+template <class T>
+ROSAQ_DEVICE void mma_m16n8k16_first(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+template <>
+ROSAQ_DEVICE void mma_m16n8k16_first<__half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef ROSAQ_EMULATE
+    d[0] = d[1] = d[2] = d[3] = 0.0f;
+    mma_m16n8k16<__half>(d, a, b);
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %10, %10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+#endif
+}
+
+template <>
+ROSAQ_DEVICE void mma_m16n8k16_first<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
+                                                    const uint32_t (&b)[2]) {
+#ifdef ROSAQ_EMULATE
+    d[0] = d[1] = d[2] = d[3] = 0.0f;
+    mma_m16n8k16<__nv_bfloat16>(d, a, b);
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %10, %10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+#endif
+}
+
 // ---- arithmetic ----
+
+// The same value, but the compiler can no longer know it: what is derived from it is computed where it is
+// used instead of being kept in registers across a loop.
+ROSAQ_DEVICE int opaque(int value) {
+    ROSAQ_PTX(static_cast<void>(value), "" : "+r"(value));
+    return value;
+}
 
 // Any function of three bits, bit by bit: kLut = f(0xf0, 0xcc, 0xaa).
 template <int kLut>

@@ -1,4 +1,5 @@
-// Stream-K: which K-tiles a block works on, and which blocks share a row tile. Plain arithmetic, host and device.
+// Stream-K: which K-tiles a block works on, and which blocks share a row tile. Plain arithmetic, host and
+// device.
 #pragma once
 
 #include "../common/params_cuda.h"
@@ -37,7 +38,8 @@ struct Contributors {
           count(block_of_tile(s, (row_tile + 1) * s.k_tiles - 1) - first + 1) {}
 };
 
-// A block has at most two partial row tiles: the one it starts in the middle of, and the one it leaves unfinished.
+// A block has at most two partial row tiles: the one it starts in the middle of, and the one it leaves
+// unfinished.
 ROSAQ_DEVICE int partial_slot(const Schedule& s, int block, int row_tile) {
     return 2 * block + (row_tile * s.k_tiles < first_tile_of(s, block) ? 0 : 1);
 }

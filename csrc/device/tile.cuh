@@ -1,7 +1,7 @@
 // One thread block's share of the work, and where things lie in its shared memory.
 //
-//   weights [kStages][kWeightBytes]   per warp: its record, or its rows of salient_weight; then scales and zeros
-//   x       [kStages][kXBytes]        tokens x 128 k, or tokens x 32 salient values
+//   weights [kStages][kWeightBytes]   per warp: its record, or its rows of salient_weight; then scales and
+//   zeros x       [kStages][kXBytes]        tokens x 128 k, or tokens x 32 salient values
 #pragma once
 
 #include "number.cuh"
@@ -12,12 +12,17 @@ template <class T_, int kBits_, bool kSymmetric_, int kTokenTiles_>
 struct Tile {
     using T = T_;
     static constexpr int kBits = kBits_, kTokenTiles = kTokenTiles_;
-    static constexpr bool kSymmetric = kSymmetric_;
-    // From 32 tokens on, x is more bytes than the weights: more rows a block, so that it is fetched less often.
+    static constexpr bool kSymmetric = kSymmetric_;  // false: zero points where the blob has them
+    // From 32 tokens on, x is more bytes than the weights: more rows a block, so that it is fetched less
+    // often. The sums of more than 32 tokens do not fit the registers of a warp: two warps share a record,
+    // each for half of the tokens.
     static constexpr int kWarps = kTokenTiles <= 2 ? 4 : 8;
-    static constexpr int kThreads = kWarps * kLanes, kRows = kWarps * kRecordRows, kTokens = 8 * kTokenTiles;
+    static constexpr int kTokenGroups = kTokenTiles <= 4 ? 1 : 2, kRowWarps = kWarps / kTokenGroups;
+    static constexpr int kWarpTiles = kTokenTiles / kTokenGroups;  // of 8 tokens
+    static constexpr int kThreads = kWarps * kLanes, kRows = kRowWarps * kRecordRows,
+                         kTokens = 8 * kTokenTiles;
     static constexpr int kSlabs = kRows / kSlabRows;
-    static constexpr int kStages = kTokenTiles <= 4 ? 4 : 3;
+    static constexpr int kStages = kTokenTiles <= 2 ? 4 : 3;
 
     static constexpr int kMaxGroups = kBlockK / 32;  // of one block of k
     static constexpr int kRecordBytes = kLanes * kLoadBytes * kBits;
@@ -26,18 +31,19 @@ struct Tile {
     static constexpr int kSalientBytes = kRecordRows * kSalientCols * 2;
     static constexpr int kLowBitBytes = kRecordBytes + kScaleBytes + kZeroBytes;
     static constexpr int kWarpBytes = kLowBitBytes > kSalientBytes ? kLowBitBytes : kSalientBytes;
-    static constexpr int kWeightBytes = kWarps * kWarpBytes;
+    static constexpr int kWeightBytes = kRowWarps * kWarpBytes;
     static constexpr int kXBytes = kTokens * kBlockK * 2;
     static constexpr int kSmemBytes = kStages * (kWeightBytes + kXBytes);
 
-    static_assert(kTokenTiles == 1 || kTokenTiles == 2 || kTokenTiles == 4 || kTokenTiles == 8, "see instances");
+    static_assert(kTokenTiles == 1 || kTokenTiles == 2 || kTokenTiles == 4 || kTokenTiles == 8,
+                  "see instances");
     static_assert(kWarpBytes % kLoadBytes == 0, "every part starts 16-byte aligned");
     static_assert(kSmemBytes <= 99 * 1024, "one block must fit the 100 KB of an sm_86 or sm_120 SM");
     static_assert(kWarps * 16 * kTokens * 4 <= kStages * kXBytes, "skinny products add up in the x stages");
 };
 
-// Byte offset of the 16-byte chunk (8 k) of a token in an x stage. A quarter warp reads two neighbouring tokens x 4
-// chunks: without the swizzle both tokens would meet in the same banks.
+// Byte offset of the 16-byte chunk (8 k) of a token in an x stage. A quarter warp reads two neighbouring
+// tokens x 4 chunks: without the swizzle both tokens would meet in the same banks.
 ROSAQ_DEVICE int x_chunk_offset(int token, int chunk) {
     return token * (kBlockK * 2) + ((chunk ^ ((token & 1) << 2)) << 4);
 }
@@ -49,12 +55,20 @@ ROSAQ_DEVICE int salient_slot(int row) {
 
 // A thread's place in its block.
 struct Lane {
-    int warp, lane, gid, tid;
-    ROSAQ_DEVICE Lane()
-        : warp(static_cast<int>(threadIdx.x) / kLanes),
-          lane(static_cast<int>(threadIdx.x) % kLanes),
-          gid(lane / 4),
-          tid(lane % 4) {}
+    int warp, lane, gid, tid;  // gid, tid: group and thread in group of the MMA's fragments
+    ROSAQ_DEVICE explicit Lane(int thread)
+        : warp(thread / kLanes), lane(thread % kLanes), gid(lane / 4), tid(lane % 4) {}
+    ROSAQ_DEVICE Lane() : Lane(static_cast<int>(threadIdx.x)) {}
+
+    // Which record of the block's rows, and which of its token tiles of 8 (the first), are this warp's.
+    template <class Tile>
+    ROSAQ_DEVICE int record() const {
+        return warp % Tile::kRowWarps;
+    }
+    template <class Tile>
+    ROSAQ_DEVICE int token_tile() const {
+        return warp / Tile::kRowWarps * Tile::kWarpTiles;
+    }
 };
 
 }  // namespace rosaq::cuda

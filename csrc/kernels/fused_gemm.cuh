@@ -1,0 +1,88 @@
+// y[m,n] = t W^T + s C^T + bias for up to 64 tokens, in one launch (DESIGN.md 1).
+//
+// Bound by the bytes of W: weights flow through a ring of shared memory without ever waiting for x. Low-bit
+// K-tiles and the 16-bit ones of the salient directions take turns in the same ring and add into the same
+// registers. A rotation needs all of x before any of t, so the ring is filled before the grid meets; the
+// salient projection is needed by the last K-tiles only, so the grid arrives early and waits late.
+#pragma once
+
+#include "../device/barrier.cuh"
+#include "../device/epilogue.cuh"
+#include "../device/load.cuh"
+#include "../device/multiply.cuh"
+#include "../device/rotate.cuh"
+
+namespace rosaq::cuda {
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1) fused_gemm_kernel(const GemmParams p) {
+    ROSAQ_DYN_SMEM(smem);
+    const Lane at;
+    const Schedule& schedule = p.schedule;
+    const Loader<Tile> load(p, smem);
+    const int first = first_tile_of(schedule, static_cast<int>(blockIdx.x));
+    const int last = first_tile_of(schedule, static_cast<int>(blockIdx.x) + 1);
+    constexpr int kAhead = Tile::kStages - 1;
+
+    Cursor ahead(schedule, first);
+    for (int i = 0; i < kAhead; ++i, ahead.advance(schedule))
+        if (first + i < last) load.fetch_weights(i, ahead);
+
+    GridBarrier grid(p.counters, schedule.grid);
+    auto* s_sums = reinterpret_cast<float*>(load.x_stage(0));  // free until x is fetched
+    if (p.rotation_size != 0) {
+        rotate<Tile>(p, s_sums, at);
+        grid.arrive();
+        grid.wait();
+    }
+    bool is_projected = schedule.projection_parts == 0;
+    if (!is_projected) {
+        project<Tile>(p, s_sums, at);
+        grid.arrive();
+    }
+
+    Cursor x_ahead(schedule, first);
+    for (int i = 0; i < kAhead; ++i, x_ahead.advance(schedule)) {
+        if (first + i < last) load.fetch_x(i, x_ahead);
+        ptx::cp_async_commit();
+    }
+
+    Accumulator<Tile> acc;
+    acc.clear();
+    Cursor now(schedule, first);
+    int stage = 0, free_stage = kAhead;
+    for (int tile = first; tile < last; ++tile) {
+        ptx::cp_async_wait<kAhead - 1>();
+        __syncthreads();
+        if (tile + kAhead < last) {
+            load.fetch_weights(free_stage, ahead);
+            load.fetch_x(free_stage, ahead);
+            ahead.advance(schedule);
+        }
+        ptx::cp_async_commit();
+
+        const bool has_rows = WarpRows<Tile>(now.row_tile, at).slab < p.slabs;
+        if (now.k_tile < p.k_blocks) {
+            if (has_rows)
+                multiply_block<Tile>(p, load.weight_stage(stage, at.record<Tile>()), load.x_stage(stage), acc,
+                                     at);
+        } else {
+            if (!is_projected) grid.wait();
+            is_projected = true;
+            gather_salient<Tile>(p, (now.k_tile - p.k_blocks) * kSalientCols, load.x_stage(stage));
+            __syncthreads();
+            if (has_rows)
+                multiply_salient<Tile>(p, load.weight_stage(stage, at.record<Tile>()), load.x_stage(stage),
+                                       acc, at);
+        }
+        if (now.k_tile == schedule.k_tiles - 1 || tile == last - 1) {
+            finish_row_tile<Tile>(p, now.row_tile, acc);
+            acc.clear();
+        }
+        now.advance(schedule);
+        free_stage = stage;
+        stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
+    }
+}
+
+}  // namespace rosaq::cuda

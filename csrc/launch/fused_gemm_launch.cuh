@@ -1,0 +1,60 @@
+// One instance of the fused kernel: what the generated files in instances/ contain.
+#pragma once
+
+#include <atomic>
+
+#include "../kernels/fused_gemm.cuh"
+#include "launch.h"
+
+namespace rosaq::cuda {
+
+// More dynamic shared memory than 48 KB has to be asked for, once for every device.
+template <class Tile>
+cudaError_t allow_shared_memory() {
+    static std::atomic<uint64_t> done{0};
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    const uint64_t bit = uint64_t{1} << (device % 64);
+    if (device < 64 && (done.load(std::memory_order_acquire) & bit) != 0) return cudaSuccess;
+    error = cudaFuncSetAttribute(fused_gemm_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 Tile::kSmemBytes);
+    if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_release);
+    return error;
+}
+
+template <class Tile>
+cudaError_t launch_fused_gemm(const GemmParams& p, cudaStream_t stream) {
+    const cudaError_t error = allow_shared_memory<Tile>();
+    if (error != cudaSuccess) return error;
+    const dim3 grid(static_cast<unsigned>(p.schedule.grid)), block(Tile::kThreads);
+    if (p.rotation_size != 0 || p.schedule.projection_parts != 0) {
+        // Blocks wait for each other: they must all be resident, also beside other grids of that kind.
+        void* args[] = {const_cast<GemmParams*>(&p)};
+        return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(fused_gemm_kernel<Tile>), grid,
+                                           block, args, Tile::kSmemBytes, stream);
+    }
+    fused_gemm_kernel<Tile><<<grid, block, Tile::kSmemBytes, stream>>>(p);
+    return cudaGetLastError();
+}
+
+template <class Tile>
+cudaError_t blocks_per_sm(int* blocks) {
+    const cudaError_t error = allow_shared_memory<Tile>();
+    if (error != cudaSuccess) return error;
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, fused_gemm_kernel<Tile>, Tile::kThreads,
+                                                         Tile::kSmemBytes);
+}
+
+template <class Tile>
+constexpr InstanceShape shape_of() {
+    return {Number<typename Tile::T>::kDType,
+            Tile::kBits,
+            Tile::kSymmetric,
+            Tile::kTokens,
+            Tile::kRows,
+            Tile::kThreads,
+            Tile::kSmemBytes};
+}
+
+}  // namespace rosaq::cuda

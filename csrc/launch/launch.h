@@ -1,0 +1,38 @@
+// The CUDA kernels behind raw pointers and a stream. No torch, no allocation, no synchronisation; errors are
+// returned.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../kernels/blob.h"
+#include "plan.h"
+
+namespace rosaq::cuda {
+
+// One compiled kernel: launches it, and tells how many of its blocks an SM of the current device holds.
+struct Instance {
+    InstanceShape shape;
+    cudaError_t (*launch)(const GemmParams&, cudaStream_t);
+    cudaError_t (*blocks_per_sm)(int* blocks);
+};
+
+// The instance for up to `tokens` tokens (8, 16, 32, 64), or null.
+const Instance* find_instance(DType dtype, int bits, bool symmetric, int tokens);
+
+// p.schedule and all pointers are filled in; m <= tokens of the instance.
+inline cudaError_t fused_gemm(const Instance& instance, const GemmParams& p, cudaStream_t stream) {
+    return p.m == 0 || p.n == 0 ? cudaSuccess : instance.launch(p, stream);
+}
+
+cudaError_t prepack(const DiskWeight& disk, const BlobShape& shape, int bits, uint8_t* blob,
+                    cudaStream_t stream);
+cudaError_t unprepack(const uint8_t* blob, const BlobShape& shape, int bits, const DiskWeight& disk,
+                      cudaStream_t stream);
+// weight [n, k] float16 or bfloat16
+cudaError_t dequantize(const uint8_t* blob, const BlobShape& shape, int bits, bool scale_is_bf16, DType dtype,
+                       void* weight, cudaStream_t stream);
+// codes uint8 [n, k] to qweight or back, blocks = n * k / 32
+cudaError_t pack_codes(uint8_t* codes, uint32_t* qweight, int64_t blocks, int bits, cudaStream_t stream);
+cudaError_t unpack_codes(uint8_t* codes, uint32_t* qweight, int64_t blocks, int bits, cudaStream_t stream);
+
+}  // namespace rosaq::cuda

@@ -1,0 +1,73 @@
+// Which kernel, how many blocks, how much scratch: pure host functions of numbers, testable without a GPU.
+#pragma once
+
+#include <algorithm>
+
+#include "../common/params_cuda.h"
+
+namespace rosaq::cuda {
+
+// From here on it is cheaper to dequantise W once and use the framework's matmul than to stream it for every
+// 64 tokens.
+constexpr int64_t kMaxFusedTokens = 256;
+
+// What a compiled instance of the kernel takes; kTokenTiles, rows and shared memory follow from its Tile.
+struct InstanceShape {
+    DType dtype;
+    int bits;
+    bool symmetric_only;
+    int tokens, rows, threads, smem_bytes;
+};
+
+struct Problem {
+    int64_t m, n, k, r;
+    bool has_basis, has_rotation;
+};
+
+// Blocks should have enough K-tiles to fill the ring: fewer, and adding up partial sums costs more than it
+// spreads.
+constexpr int64_t kLeastTilesPerBlock = 4;
+constexpr int64_t kMaxProjectionParts = 16, kProjectionK = 512;
+
+// The schedule of one launch of m <= shape.tokens tokens on a device that holds `resident` blocks at a time.
+inline Schedule make_schedule(const Problem& problem, const InstanceShape& shape, int resident) {
+    Schedule s{};
+    s.row_tiles = static_cast<int>(ceil_div<int64_t>(problem.n, shape.rows));
+    s.k_tiles =
+        static_cast<int>(ceil_div<int64_t>(problem.k, kBlockK) + ceil_div<int64_t>(problem.r, kSalientCols));
+    const int64_t tiles = int64_t{s.row_tiles} * s.k_tiles;
+    s.grid = static_cast<int>(std::clamp<int64_t>(ceil_div(tiles, kLeastTilesPerBlock), 1, resident));
+    s.tiles_per_block = static_cast<int>(tiles / s.grid);
+    s.extra = static_cast<int>(tiles % s.grid);
+    if (problem.has_basis)
+        s.projection_parts =
+            static_cast<int>(std::clamp<int64_t>(problem.k / kProjectionK, 1, kMaxProjectionParts));
+    return s;
+}
+
+// Scratch of one launch, byte offsets into one allocation.
+struct Scratch {
+    int64_t t, s_parts, partials, total;
+};
+
+inline Scratch scratch_of(const Problem& problem, const InstanceShape& shape, const Schedule& s) {
+    Scratch w{};
+    const auto take = [&w](int64_t bytes) {
+        const int64_t at = w.total;
+        w.total += round_up<int64_t>(bytes, 256);
+        return at;
+    };
+    w.t = take(problem.has_rotation ? problem.m * problem.k * 2 : 0);
+    w.s_parts = take(problem.has_basis ? int64_t{s.projection_parts} * problem.m * problem.r * 4 : 0);
+    w.partials = take(int64_t{s.grid} * 2 * shape.tokens * shape.rows * 4);
+    return w;
+}
+
+// Tokens of the smallest instance that takes m tokens at once, of 8, 16, 32 and 64.
+inline int tokens_for(int64_t m) {
+    int tokens = 8;
+    while (tokens < m && tokens < kMaxTokens) tokens *= 2;
+    return tokens;
+}
+
+}  // namespace rosaq::cuda
