@@ -6,7 +6,8 @@ PIP := $(BIN)/pip --disable-pip-version-check
 # Files in ../shared/data, where present, replace the built-in prose (see README, "Which text").
 QUICKSTART ?=
 
-NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.py' | sort)
+NATIVE := $(shell find csrc tests/emulator tests/gpu -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.py' | sort)
+CPP := $(filter-out csrc/launch/instances/%,$(filter %.h %.cuh %.cpp %.cu,$(NATIVE)))
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | sort)
 
 .PHONY: quickstart test lint tests format clean

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc" / "build_support"))
 
 from find_torch import find_torch  # noqa: E402
-from native import Build, build, check_build_mode  # noqa: E402
+from native import Build, build, choose_toolkit  # noqa: E402
 
 
 class NativeBuild(build_ext):
@@ -23,12 +23,12 @@ class NativeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        check_build_mode()
+        toolkit = choose_toolkit()
         torch_dir = find_torch()
         if torch_dir is None:
             raise SystemExit("rosaq build: torch: none found, need torch>=2.10 installed, or ROSAQ_TORCH_DIR")
         includes = (Path(sysconfig.get_path("include")), Path(pybind11.get_include()))
-        job = Build(ROOT / "csrc", Path(self.build_temp).resolve(), torch_dir, includes)
+        job = Build(ROOT / "csrc", ROOT / "build" / "objects", torch_dir, includes, toolkit)
         jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
         build(job, Path(self.get_ext_fullpath(ext.name)), jobs)
 

@@ -124,7 +124,15 @@ def _fake_prepack(qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: i
             zeros.dtype == torch.uint8 and zeros.shape == scales.shape,
             f"rosaq::prepack: zeros: got {_shape(zeros)}, need uint8 {list(scales.shape)}",
         )
-    packed_bytes = _C.packed_bytes(int(n), int(k), bits, int(k // groups), zeros is None)
+    packed_bytes = _C.packed_bytes(
+        int(n),
+        int(k),
+        bits,
+        int(k // groups),
+        zeros is None,
+        cuda=qweight.device.type == "cuda",
+        bf16_scales=scales.dtype == torch.bfloat16,
+    )
     return qweight.new_empty(packed_bytes, dtype=torch.uint8)
 
 

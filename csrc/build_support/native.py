@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from cuda import Toolkit, find_toolkit
+
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 # No silent fused multiply-add: the integer kernels promise the same bits on every instruction set.
 COMMON_FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
@@ -30,44 +32,81 @@ AVX512_FLAGS = [
 
 PLAIN = "plain"  # no torch headers
 TORCH = "torch"
+PYTHON = "python"  # torch, Python and pybind11, whose place changes with every isolated build
+NVCC = "nvcc"  # CUDA kernels
 PORTABLE_SOURCES: dict[str, tuple[str, list[str]]] = {
     "cpu/kernels_portable.cpp": (PLAIN, []),
     "cpu/gemm.cpp": (PLAIN, []),
     "cpu/isa.cpp": (PLAIN, []),
     "cpu/pack.cpp": (PLAIN, []),
     "torch/schema.cpp": (TORCH, []),
+    "torch/fused_args.cpp": (TORCH, []),
+    "torch/pack_args.cpp": (TORCH, []),
     "torch/bind_pack.cpp": (TORCH, []),
     "torch/bind_cpu.cpp": (TORCH, []),
-    "torch/module.cpp": (TORCH, []),
+    "torch/module.cpp": (PYTHON, []),
 }
 X86_SOURCES: dict[str, tuple[str, list[str]]] = {
     "cpu/kernels_avx2.cpp": (PLAIN, AVX2_FLAGS),
     "cpu/kernels_avx512.cpp": (PLAIN, AVX512_FLAGS),
     "cpu/kernels_avx512vnni.cpp": (PLAIN, [*AVX512_FLAGS, "-mavx512vnni"]),
 }
+CUDA_SOURCES: dict[str, tuple[str, list[str]]] = {
+    "launch/repack.cu": (NVCC, []),
+    "launch/dense.cu": (NVCC, []),
+    "launch/instances/table.cpp": (PLAIN, []),
+    "torch/bind_cuda.cpp": (TORCH, []),
+    "torch/bind_pack_cuda.cpp": (TORCH, []),
+    "torch/cuda_context.cpp": (TORCH, []),
+    "torch/cuda_weight.cpp": (TORCH, []),
+    "torch/many_tokens.cpp": (TORCH, []),
+}
+NO_CUDA_SOURCES: dict[str, tuple[str, list[str]]] = {"torch/bind_no_cuda.cpp": (TORCH, [])}
+# What an object may depend on, by the kind of its source: a change of the CPU backend recompiles no CUDA kernel.
+HEADER_FOLDERS = {
+    PLAIN: ("common", "cpu", "kernels", "launch"),
+    TORCH: ("common", "cpu", "kernels", "launch", "torch"),
+    PYTHON: ("common", "cpu", "launch"),
+    NVCC: ("common", "device", "kernels", "launch"),
+}
 
 
 @dataclass(frozen=True)
 class Build:
-    """One build: where sources, torch and the Python headers are, and where objects go."""
+    """One build: where sources, torch and the Python headers are, where objects go, and the CUDA toolkit if any."""
 
     csrc: Path
     objects: Path
     torch_dir: Path
     include_dirs: tuple[Path, ...]
+    toolkit: Toolkit | None = None
 
     def sources(self) -> dict[str, tuple[str, list[str]]]:
-        return PORTABLE_SOURCES | (X86_SOURCES if is_x86() else {})
+        """The slowest first, so that the last to compile is a short one."""
+        cuda = NO_CUDA_SOURCES
+        if self.toolkit is not None:
+            instances = sorted(path.name for path in (self.csrc / "launch" / "instances").glob("*.cu"))
+            cuda = {f"launch/instances/{name}": (NVCC, []) for name in instances} | CUDA_SOURCES
+        return cuda | PORTABLE_SOURCES | (X86_SOURCES if is_x86() else {})
 
     def compile_command(self, source: str, kind: str, flags: list[str]) -> list[str]:
-        includes = list(self.include_dirs) + ([self.torch_dir / "include"] if kind == TORCH else [])
+        target = ["-c", str(self.csrc / source), "-o", str(self.object_of(source))]
+        if kind == NVCC:
+            assert self.toolkit is not None
+            return [str(self.toolkit.nvcc), *self.toolkit.compile_flags(), *flags, *target]
+        needs_torch = kind in (TORCH, PYTHON)
+        includes = list(self.include_dirs) if kind == PYTHON else []
+        includes += [self.torch_dir / "include"] if needs_torch else []
+        includes += [self.toolkit.include_dir()] if self.toolkit is not None else []
         # Error messages quote source files: relative to the project or the include folder, not to this machine.
         defines = [f"-fmacro-prefix-map={folder}/=" for folder in (self.csrc.parent, *includes)]
         defines += ["-DROSAQ_X86"] if is_x86() else []
-        command = [*compiler(), *COMMON_FLAGS, *defines, *flags, *(TORCH_FLAGS if kind == TORCH else [])]
+        if self.toolkit is not None:
+            defines += [f'-DROSAQ_CUDA_ARCHS="{" ".join(self.toolkit.archs)}"']
+        command = [*compiler(), *COMMON_FLAGS, *defines, *flags, *(TORCH_FLAGS if needs_torch else [])]
         # torch's own headers are not ours to warn about.
         command += [part for folder in includes for part in ("-isystem", str(folder))]
-        return [*command, "-c", str(self.csrc / source), "-o", str(self.object_of(source))]
+        return [*command, *target]
 
     def object_of(self, source: str) -> Path:
         return self.objects / (source.replace("/", "_") + ".o")
@@ -76,6 +115,7 @@ class Build:
         objects = [str(self.object_of(source)) for source in self.sources()]
         # No rpath: `import torch` has loaded both libraries before _C. DT_NEEDED libtorch keeps its symbols in reach.
         libs = ["-L" + str(self.torch_dir / "lib"), "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"]
+        libs += self.toolkit.link_flags() if self.toolkit is not None else []
         return [*compiler(), "-shared", *objects, *libs, "-o", str(output)]
 
 
@@ -95,14 +135,20 @@ def compiler() -> list[str]:
     )
 
 
-def check_build_mode() -> None:
-    """Reads ROSAQ_BUILD=auto|cpu|cuda; says in one line what will be built."""
+def choose_toolkit() -> Toolkit | None:
+    """The CUDA toolkit for this build by ROSAQ_BUILD=auto|cpu|cuda; says in one line what will be built."""
     mode = os.environ.get("ROSAQ_BUILD", "auto")
     if mode not in ("auto", "cpu", "cuda"):
         raise SystemExit(f"rosaq build: ROSAQ_BUILD: got {mode!r}, need auto, cpu or cuda")
-    if mode == "cuda":
-        raise SystemExit("rosaq build: ROSAQ_BUILD: got cuda, but this version has no CUDA kernels; need auto or cpu")
-    print("rosaq build: CPU kernels only (this version has no CUDA kernels)", flush=True)
+    toolkit = None if mode == "cpu" else find_toolkit()
+    if mode == "cuda" and toolkit is None:
+        raise SystemExit("rosaq build: ROSAQ_BUILD: got cuda, but no nvcc was found, need it on PATH or CUDA_HOME set")
+    if toolkit is None:
+        reason = "ROSAQ_BUILD=cpu" if mode == "cpu" else "no nvcc on PATH or in CUDA_HOME"
+        print(f"rosaq build: CPU kernels only ({reason})", flush=True)
+    else:
+        print(f"rosaq build: CPU and CUDA kernels (sm_{', sm_'.join(toolkit.archs)}; {toolkit.nvcc})", flush=True)
+    return toolkit
 
 
 def _run(command: list[str]) -> None:
@@ -115,23 +161,37 @@ def _run(command: list[str]) -> None:
         print(result.stderr, flush=True)
 
 
-def _newest(paths: list[Path]) -> float:
-    return max(path.stat().st_mtime for path in paths)
+def _headers(csrc: Path, kind: str) -> list[Path]:
+    folders = [csrc / name for name in HEADER_FOLDERS[kind]]
+    return [path for folder in folders for suffix in ("h", "cuh") for path in folder.glob(f"*.{suffix}")]
+
+
+def _is_stale(made: Path, command: list[str], needs: list[Path]) -> bool:
+    """True where an object is missing, older than what it is made of, or was made by another command."""
+    recorded = made.with_suffix(".command")
+    if not made.exists() or not recorded.exists() or recorded.read_text() != shlex.join(command):
+        return True
+    return made.stat().st_mtime < max(path.stat().st_mtime for path in needs)
+
+
+def _compile(job: tuple[Path, list[str]]) -> None:
+    made, command = job
+    _run(command)
+    made.with_suffix(".command").write_text(shlex.join(command))
 
 
 def build(job: Build, output: Path, jobs: int) -> None:
     """Compiles what is older than its source or any header, then links `output`."""
     job.objects.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    headers = _newest([*job.csrc.rglob("*.h"), Path(__file__)])
     stale = []
     for source, (kind, flags) in job.sources().items():
         made = job.object_of(source)
-        newest = max(headers, (job.csrc / source).stat().st_mtime)
-        if not made.exists() or made.stat().st_mtime < newest:
-            stale.append(job.compile_command(source, kind, flags))
+        command = job.compile_command(source, kind, flags)
+        if _is_stale(made, command, [job.csrc / source, *_headers(job.csrc, kind)]):
+            stale.append((made, command))
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(_run, stale))
+        list(pool.map(_compile, stale))
     # A process that has the old library mapped must keep it whole: link beside it, then rename over it.
     linked = output.with_suffix(".new")
     _run(job.link_command(linked))

@@ -19,4 +19,11 @@ struct BlobShape {
     bool symmetric;
 };
 
+// Columns of 16-bit weights [n, r] that belong to channels index[j] of [0, k).
+struct SalientColumns {
+    Buffer weight;
+    const int32_t* index;
+    int64_t n, r, k;
+};
+
 }  // namespace rosaq::cuda

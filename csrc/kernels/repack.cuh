@@ -2,30 +2,13 @@
 // weights) for many tokens. One thread a lane of a record, or a row and 32 k.
 #pragma once
 
-#include "../device/dequant.cuh"
-#include "../device/tile.cuh"
-#include "blob.h"
+#include "repack_common.cuh"
 
 namespace rosaq::cuda {
 
-constexpr int kRepackThreads = 128;
-
-// Index of this thread among all of the grid.
-ROSAQ_DEVICE int64_t global_thread() {
-    return static_cast<int64_t>(blockIdx.x) * kRepackThreads + threadIdx.x;
-}
-
-// Row and first k of a lane's weights in record `record` (counted over the whole blob).
-struct RecordPlace {
-    int64_t row0, k0;
-    ROSAQ_DEVICE RecordPlace(const BlobLayout& l, int64_t record)
-        : row0(record / (l.k_blocks * kSlabRecords) * kSlabRows + record % kSlabRecords * kRecordRows),
-          k0(record / kSlabRecords % l.k_blocks * kBlockK) {}
-};
-
 // Codes of the disk layout into records; outside of [n, k] the codes are 0 (the scales there are 0 too).
 template <int kBits>
-__global__ void __launch_bounds__(kRepackThreads)
+__global__ void __launch_bounds__(kUnitThreads)
     prepack_codes_kernel(DiskWeight disk, BlobShape shape, uint8_t* blob) {
     const BlobLayout& l = shape.layout;
     const int64_t record = global_thread() / kLanes;
@@ -62,9 +45,10 @@ __global__ void __launch_bounds__(kRepackThreads)
 
 // Records back into the disk layout: one thread a row and 32 k.
 template <int kBits>
-__global__ void __launch_bounds__(kRepackThreads)
+__global__ void __launch_bounds__(kUnitThreads)
     unprepack_codes_kernel(const uint8_t* blob, BlobShape shape, DiskWeight disk) {
-    const int64_t blocks = shape.k / 32, row = global_thread() / blocks, k = global_thread() % blocks * 32;
+    const int64_t blocks = shape.k / 32, row = quotient(global_thread(), blocks);
+    const int64_t k = rest(global_thread(), blocks) * 32;
     if (row >= shape.n) return;
     const BlobLayout& l = shape.layout;
     const int64_t record =
@@ -90,13 +74,13 @@ __global__ void __launch_bounds__(kRepackThreads)
 // Scales and zeros [n, groups] <-> [slab][padded group][128 rows]; padding is 0. One thread an element of the
 // blob.
 template <bool kToBlob>
-__global__ void __launch_bounds__(kRepackThreads)
+__global__ void __launch_bounds__(kUnitThreads)
     repack_scales_kernel(DiskWeight disk, BlobShape shape, uint8_t* blob) {
     const BlobLayout& l = shape.layout;
     const int64_t i = global_thread();
     if (i >= l.slabs * l.groups * kSlabRows) return;
-    const int64_t row = i / (l.groups * kSlabRows) * kSlabRows + i % kSlabRows,
-                  group = i / kSlabRows % l.groups;
+    const int64_t row = quotient(i, l.groups * kSlabRows) * kSlabRows + i % kSlabRows,
+                  group = rest(i / kSlabRows, l.groups);
     const bool inside = row < shape.n && group < shape.groups;
     const int64_t at = row * shape.groups + group;
     uint16_t& scale = reinterpret_cast<uint16_t*>(blob + l.scales_offset)[i];
@@ -110,67 +94,9 @@ __global__ void __launch_bounds__(kRepackThreads)
     }
 }
 
-// 32 k of a lane's four rows, 8 of them each, to W in T, rounded once.
-template <class T, int kBits, int kSub>
-ROSAQ_DEVICE void dequantize_rows(const uint8_t* blob, const BlobShape& shape, bool scale_is_bf16,
-                                  const uint32_t (&words)[4 * kBits], const RecordPlace& at, const Lane& lane,
-                                  T* weight) {
-    const BlobLayout& l = shape.layout;
-    uint32_t a[2][2][4];
-    decode<T, kBits, kSub>(words, a);
-    const int64_t k = at.k0 + kSub * 32 + lane.tid * 8;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        const int64_t row = at.row0 + lane.gid * 4 + j;
-        if (row >= shape.n || k >= shape.k) continue;
-        const int64_t padded = l.groups == 1 ? 0 : k / l.group_size;
-        const int64_t group = (row / kSlabRows * l.groups + padded) * kSlabRows + row % kSlabRows;
-        const float scale =
-            float_of_16(reinterpret_cast<const uint16_t*>(blob + l.scales_offset)[group], scale_is_bf16);
-        const int shift = shape.symmetric ? 0 : blob[l.zeros_offset + group] - (1 << (kBits - 1));
-        uint32_t out[4];
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-            const uint32_t codes = a[j / 2][pair / 2][pair % 2 * 2 + j % 2];
-            out[pair] = 0;
-#pragma unroll
-            for (int high = 0; high < 2; ++high) {
-                const T code = bits_as<T>(static_cast<uint16_t>(codes >> (16 * high)));
-                const float w = (Number<T>::to_float(code) - static_cast<float>(shift)) * scale;
-                out[pair] |= static_cast<uint32_t>(bits_as<uint16_t>(Number<T>::from_float(w)))
-                             << (16 * high);
-            }
-        }
-        *reinterpret_cast<uint4*>(weight + row * shape.k + k) = make_uint4(out[0], out[1], out[2], out[3]);
-    }
-}
-
-// W [n, k] in T: what fused_gemm gives for x = identity.
-template <class T, int kBits>
-__global__ void __launch_bounds__(kRepackThreads)
-    dequantize_kernel(const uint8_t* blob, BlobShape shape, bool scale_is_bf16, T* weight) {
-    const BlobLayout& l = shape.layout;
-    const int64_t record = global_thread() / kLanes;
-    if (record >= l.slabs * l.k_blocks * kSlabRecords) return;
-    const Lane lane(static_cast<int>(threadIdx.x));
-    const RecordPlace at(l, record);
-    const uint8_t* from = blob + l.codes_offset + record * l.record_bytes;
-    uint32_t words[4 * kBits];
-#pragma unroll
-    for (int plane = 0; plane < kBits; ++plane) {
-        const uint4 v = ptx::ld_global_nc_16(from + word_offset(lane.lane, plane * 4));
-        words[plane * 4] = v.x, words[plane * 4 + 1] = v.y, words[plane * 4 + 2] = v.z,
-                      words[plane * 4 + 3] = v.w;
-    }
-    dequantize_rows<T, kBits, 0>(blob, shape, scale_is_bf16, words, at, lane, weight);
-    dequantize_rows<T, kBits, 1>(blob, shape, scale_is_bf16, words, at, lane, weight);
-    dequantize_rows<T, kBits, 2>(blob, shape, scale_is_bf16, words, at, lane, weight);
-    dequantize_rows<T, kBits, 3>(blob, shape, scale_is_bf16, words, at, lane, weight);
-}
-
 // codes uint8 [n, k] <-> qweight int32 [n, k * bits / 32]: one thread 32 codes.
 template <int kBits, bool kPack>
-__global__ void __launch_bounds__(kRepackThreads)
+__global__ void __launch_bounds__(kUnitThreads)
     disk_codes_kernel(uint8_t* codes, uint32_t* qweight, int64_t blocks) {
     const int64_t block = global_thread();
     if (block >= blocks) return;

@@ -31,6 +31,12 @@ cudaError_t unprepack(const uint8_t* blob, const BlobShape& shape, int bits, con
 // weight [n, k] float16 or bfloat16
 cudaError_t dequantize(const uint8_t* blob, const BlobShape& shape, int bits, bool scale_is_bf16, DType dtype,
                        void* weight, cudaStream_t stream);
+// weight [n, k] += the salient columns; y [m, n] += other (may be null) + bias (data may be null); dtype as
+// above.
+cudaError_t add_salient_columns(const SalientColumns& salient, DType dtype, void* weight,
+                                cudaStream_t stream);
+cudaError_t add_rows(void* y, const void* other, const Buffer& bias, DType dtype, int64_t m, int64_t n,
+                     cudaStream_t stream);
 // codes uint8 [n, k] to qweight or back, blocks = n * k / 32
 cudaError_t pack_codes(uint8_t* codes, uint32_t* qweight, int64_t blocks, int bits, cudaStream_t stream);
 cudaError_t unpack_codes(uint8_t* codes, uint32_t* qweight, int64_t blocks, int bits, cudaStream_t stream);

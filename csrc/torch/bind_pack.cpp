@@ -5,7 +5,7 @@
 #include <tuple>
 
 #include "../cpu/pack.h"
-#include "checks.h"
+#include "pack_args.h"
 
 namespace rosaq::bind {
 
@@ -55,32 +55,9 @@ PackedWeight parse_blob(const char* op, const Tensor& packed) {
 
 Tensor prepack(const Tensor& qweight, const Tensor& scales, std::optional<Tensor> zeros, int64_t bits) {
     const char* op = "rosaq::prepack";
-    check_bits(op, bits);
     check_cpu(op, "qweight", qweight);
-    check_cpu(op, "scales", scales);
-    check_dtype(op, "qweight", qweight, {ScalarType::Int});
-    check_dtype(op, "scales", scales, {ScalarType::Half, ScalarType::BFloat16});
-    ROSAQ_CHECK(qweight.dim() == 2, op, ": qweight: got shape ", shape_text(qweight),
-                ", need [n, k * bits / 32]");
-    const int64_t n = qweight.size(0), words = qweight.size(1), k = words / bits * kBlockK;
-    ROSAQ_CHECK(n > 0 && n % 8 == 0, op, ": qweight: got ", n, " rows, need a positive multiple of 8");
-    ROSAQ_CHECK(words > 0 && words % bits == 0, op, ": qweight: got ", words,
-                " words per row, need a positive multiple of ", bits, " (k is a multiple of 32)");
-    ROSAQ_CHECK(scales.dim() == 2 && scales.size(0) == n && scales.size(1) > 0, op, ": scales: got shape ",
-                shape_text(scales), ", need [", n, ", k / group_size]");
-    const int64_t groups = scales.size(1);
-    ROSAQ_CHECK(k % groups == 0 && k / groups % kBlockK == 0, op, ": scales: got ", groups, " groups for k ",
-                k, ", need a group size k / groups that is a multiple of 32");
-    if (zeros.has_value()) {
-        check_cpu(op, "zeros", *zeros);
-        check_dtype(op, "zeros", *zeros, {ScalarType::Byte});
-        check_shape(op, "zeros", *zeros, {n, groups});
-    }
-    PackedWeight w;
-    w.n = n, w.k = k, w.group_size = k / groups, w.bits = static_cast<int>(bits);
-    w.symmetric = !zeros.has_value();
-    w.scale_dtype = dtype_of(scales.scalar_type());
-    w.layout = panel_layout(n, k, w.bits, w.group_size, w.symmetric);
+    PackedWeight w = check_disk_weight(op, qweight, scales, zeros, bits);
+    w.layout = panel_layout(w.n, w.k, w.bits, w.group_size, w.symmetric);
 
     const Tensor q = dense(qweight), s = dense(scales);
     const std::optional<Tensor> z = dense(zeros);
@@ -116,11 +93,8 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> unprepack(const Tensor& packed
 
 Tensor pack(const Tensor& codes, int64_t bits) {
     const char* op = "rosaq::pack";
-    check_bits(op, bits);
     check_cpu(op, "codes", codes);
-    check_dtype(op, "codes", codes, {ScalarType::Byte});
-    ROSAQ_CHECK(codes.dim() == 2 && codes.size(1) % kBlockK == 0, op, ": codes: got shape ",
-                shape_text(codes), ", need [n, k] with k a multiple of 32");
+    check_codes(op, codes, bits);
     const int64_t n = codes.size(0), k = codes.size(1);
     const Tensor c = dense(codes);
     const auto* in = static_cast<const uint8_t*>(c.const_data_ptr());
@@ -140,11 +114,8 @@ Tensor pack(const Tensor& codes, int64_t bits) {
 
 Tensor unpack(const Tensor& qweight, int64_t bits) {
     const char* op = "rosaq::unpack";
-    check_bits(op, bits);
     check_cpu(op, "qweight", qweight);
-    check_dtype(op, "qweight", qweight, {ScalarType::Int});
-    ROSAQ_CHECK(qweight.dim() == 2 && qweight.size(1) % bits == 0, op, ": qweight: got shape ",
-                shape_text(qweight), ", need [n, k * bits / 32] with k a multiple of 32");
+    check_qweight(op, qweight, bits);
     const int64_t n = qweight.size(0), k = qweight.size(1) / bits * kBlockK;
     const Tensor q = dense(qweight);
     Tensor codes = empty_cpu({n, k}, ScalarType::Byte);

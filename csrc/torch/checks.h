@@ -37,6 +37,19 @@ inline void check_cpu(const char* op, const char* name, const Tensor& t) {
                 ": got a tensor that is not on the CPU, need one beside the other arguments");
 }
 
+inline std::string device_text(const Tensor& t) {
+    return t.is_cpu() ? "the CPU" : "device " + std::to_string(t.get_device_index());
+}
+
+// Raises unless t, if there is one, is on the device of x.
+inline void check_beside(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& x) {
+    if (!t.has_value()) return;
+    const bool same = t->is_cpu() == x.is_cpu() && t->is_cuda() == x.is_cuda() &&
+                      (x.is_cpu() || t->get_device_index() == x.get_device_index());
+    ROSAQ_CHECK(same, op, ": ", name, ": got a tensor on ", device_text(*t), ", need it beside x on ",
+                device_text(x));
+}
+
 inline void check_dtype(const char* op, const char* name, const Tensor& t,
                         std::initializer_list<ScalarType> allowed) {
     std::ostringstream need;

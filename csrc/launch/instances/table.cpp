@@ -29,14 +29,30 @@ extern const Instance fused_gemm_bf16_4bit_any_m32;
 extern const Instance fused_gemm_bf16_4bit_any_m64;
 
 static const Instance* const kInstances[] = {
-    &fused_gemm_f16_3bit_sym_m8,   &fused_gemm_f16_3bit_any_m8,   &fused_gemm_f16_3bit_sym_m16,
-    &fused_gemm_f16_3bit_any_m16,  &fused_gemm_f16_3bit_any_m32,  &fused_gemm_f16_3bit_any_m64,
-    &fused_gemm_f16_4bit_sym_m8,   &fused_gemm_f16_4bit_any_m8,   &fused_gemm_f16_4bit_sym_m16,
-    &fused_gemm_f16_4bit_any_m16,  &fused_gemm_f16_4bit_any_m32,  &fused_gemm_f16_4bit_any_m64,
-    &fused_gemm_bf16_3bit_sym_m8,  &fused_gemm_bf16_3bit_any_m8,  &fused_gemm_bf16_3bit_sym_m16,
-    &fused_gemm_bf16_3bit_any_m16, &fused_gemm_bf16_3bit_any_m32, &fused_gemm_bf16_3bit_any_m64,
-    &fused_gemm_bf16_4bit_sym_m8,  &fused_gemm_bf16_4bit_any_m8,  &fused_gemm_bf16_4bit_sym_m16,
-    &fused_gemm_bf16_4bit_any_m16, &fused_gemm_bf16_4bit_any_m32, &fused_gemm_bf16_4bit_any_m64,
+    &fused_gemm_f16_3bit_sym_m8,
+    &fused_gemm_f16_3bit_any_m8,
+    &fused_gemm_f16_3bit_sym_m16,
+    &fused_gemm_f16_3bit_any_m16,
+    &fused_gemm_f16_3bit_any_m32,
+    &fused_gemm_f16_3bit_any_m64,
+    &fused_gemm_f16_4bit_sym_m8,
+    &fused_gemm_f16_4bit_any_m8,
+    &fused_gemm_f16_4bit_sym_m16,
+    &fused_gemm_f16_4bit_any_m16,
+    &fused_gemm_f16_4bit_any_m32,
+    &fused_gemm_f16_4bit_any_m64,
+    &fused_gemm_bf16_3bit_sym_m8,
+    &fused_gemm_bf16_3bit_any_m8,
+    &fused_gemm_bf16_3bit_sym_m16,
+    &fused_gemm_bf16_3bit_any_m16,
+    &fused_gemm_bf16_3bit_any_m32,
+    &fused_gemm_bf16_3bit_any_m64,
+    &fused_gemm_bf16_4bit_sym_m8,
+    &fused_gemm_bf16_4bit_any_m8,
+    &fused_gemm_bf16_4bit_sym_m16,
+    &fused_gemm_bf16_4bit_any_m16,
+    &fused_gemm_bf16_4bit_any_m32,
+    &fused_gemm_bf16_4bit_any_m64,
 };
 
 const Instance* find_instance(DType dtype, int bits, bool symmetric, int tokens) {
