@@ -142,6 +142,22 @@ template <class T>
 EMU_INLINE T __ldg(const T* address) {
     return *address;
 }
+template <class T>
+EMU_INLINE T __ldcg(const T* address) {
+    return *address;
+}
+template <class T>
+EMU_INLINE T __ldcs(const T* address) {
+    return *address;
+}
+template <class T>
+EMU_INLINE void __stcg(T* address, T v) {
+    *address = v;
+}
+template <class T>
+EMU_INLINE void __stcs(T* address, T v) {
+    *address = v;
+}
 
 EMU_INLINE int min(int a, int b) {
     return a < b ? a : b;

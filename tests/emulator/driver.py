@@ -44,6 +44,7 @@ KERNEL_FLAGS = [
     "-ftrivial-auto-var-init=pattern",
     "-fno-strict-aliasing",
     "-Wno-unused-function",
+    "-Wno-class-memaccess",
 ]
 MODE_FLAGS = {
     "plain": ["-O2"],
