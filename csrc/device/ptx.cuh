@@ -260,7 +260,7 @@ ROSAQ_DEVICE void fence_acq_rel_gpu() {
 }
 
 ROSAQ_DEVICE void nanosleep(unsigned nanoseconds) {
-    ROSAQ_PTX(emu::nanosleep(), "nanosleep.u32 %0;" ::"r"(nanoseconds));
+    ROSAQ_PTX(emu::nanosleep(nanoseconds), "nanosleep.u32 %0;" ::"r"(nanoseconds));
 }
 
 // ---- barriers of a block ----
