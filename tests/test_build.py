@@ -17,7 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 sys.path.insert(0, str(CSRC / "build_support"))
 
+sys.path.insert(0, str(CSRC / "launch"))
+
+import cuda  # noqa: E402
 import find_torch  # noqa: E402
+import generate_instances  # noqa: E402
 import native  # noqa: E402
 
 TORCH_INCLUDE = re.compile(r'#include [<"](torch|ATen|c10|pybind11)/')
@@ -25,8 +29,10 @@ RELATIVE_INCLUDE = re.compile(r'#include "(?:\.\./(\w+)/)?([\w.]+)"')
 MAY_INCLUDE = {
     "common": {"common"},
     "device": {"common", "device"},
+    "kernels": {"common", "device", "kernels"},
+    "launch": {"common", "kernels", "launch"},
     "cpu": {"common", "cpu"},
-    "torch": {"common", "cpu", "torch"},
+    "torch": {"common", "cpu", "kernels", "launch", "torch"},
 }
 
 
@@ -40,13 +46,26 @@ def test_only_the_torch_folder_includes_torch() -> None:
 
 def test_folders_include_only_what_is_below_them() -> None:
     for path in sources():
+        own = path.relative_to(CSRC).parts[0]
         for folder, _ in RELATIVE_INCLUDE.findall(path.read_text()):
-            assert (folder or path.parent.name) in MAY_INCLUDE[path.parent.name], f"{path} includes from {folder}"
+            assert (folder or own) in MAY_INCLUDE[own], f"{path} includes from {folder}"
+
+
+def test_what_the_host_compiles_sees_no_device_code() -> None:
+    """kernels/ and launch/ hold headers for both: those that torch/ includes must not lead to a .cuh."""
+    for path in sources():
+        if path.suffix in (".h", ".cpp"):
+            assert not re.search(r'#include ".*\.cuh"', path.read_text()), path
+
+
+def test_only_launch_starts_kernels() -> None:
+    assert [str(p) for p in sources() if "<<<" in p.read_text() and p.relative_to(CSRC).parts[0] != "launch"] == []
 
 
 def test_every_source_is_built() -> None:
-    listed = native.PORTABLE_SOURCES | native.X86_SOURCES
-    assert sorted(listed) == sorted(str(p.relative_to(CSRC)) for p in CSRC.rglob("*.cpp"))
+    listed = native.PORTABLE_SOURCES | native.X86_SOURCES | native.CUDA_SOURCES | native.NO_CUDA_SOURCES
+    found = {str(p.relative_to(CSRC)) for p in [*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu")]}
+    assert sorted(listed) == sorted(name for name in found if not re.match(r"launch/instances/.*\.cu", name))
 
 
 def test_torch_is_found_without_importing_it() -> None:
@@ -76,16 +95,50 @@ def test_torch_is_required_only_where_there_is_none(monkeypatch: pytest.MonkeyPa
 
 
 def test_build_mode_is_honest(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for mode in ("auto", "cpu"):
+    monkeypatch.setattr(native, "find_toolkit", lambda: None)
+    for mode, reason in (("auto", "no nvcc on PATH or in CUDA_HOME"), ("cpu", "ROSAQ_BUILD=cpu")):
         monkeypatch.setenv("ROSAQ_BUILD", mode)
-        native.check_build_mode()
-        assert capsys.readouterr().out == "rosaq build: CPU kernels only (this version has no CUDA kernels)\n"
+        assert native.choose_toolkit() is None
+        assert capsys.readouterr().out == f"rosaq build: CPU kernels only ({reason})\n"
     monkeypatch.setenv("ROSAQ_BUILD", "cuda")
-    with pytest.raises(SystemExit, match="got cuda, but this version has no CUDA kernels"):
-        native.check_build_mode()
+    with pytest.raises(SystemExit, match="got cuda, but no nvcc was found, need it on PATH or CUDA_HOME set"):
+        native.choose_toolkit()
     monkeypatch.setenv("ROSAQ_BUILD", "gpu")
     with pytest.raises(SystemExit, match="got 'gpu', need auto, cpu or cuda"):
-        native.check_build_mode()
+        native.choose_toolkit()
+
+
+@pytest.fixture
+def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A toolkit of two architectures, without a compiler in it."""
+    made = tmp_path / "cuda" / "bin" / "nvcc"
+    made.parent.mkdir(parents=True)
+    made.write_text("#!/bin/sh\necho sm_80 sm_90\n")
+    made.chmod(0o755)
+    include = tmp_path / "cuda" / "include"
+    include.mkdir()
+    (include / "cuda_runtime_api.h").touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    return made
+
+
+def test_architectures_are_those_the_compiler_knows(nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toolkit = cuda.find_toolkit()
+    assert toolkit is not None
+    assert (toolkit.nvcc, toolkit.archs) == (nvcc, ("80", "90a"))
+    assert toolkit.compile_flags()[-3:-2] == ["arch=compute_90,code=compute_90"]
+    monkeypatch.setenv("ROSAQ_CUDA_ARCHS", "80;100")
+    with pytest.raises(SystemExit, match=r"ROSAQ_CUDA_ARCHS: got \['100'\], need some of \['80', '90'\]"):
+        cuda.find_toolkit()
+    with pytest.raises(SystemExit, match="no libcudart_static.a, need the whole toolkit"):
+        toolkit.link_flags()
+
+
+def test_instances_are_what_the_generator_writes() -> None:
+    folder = generate_instances.FOLDER
+    written = {p.name: p.read_text() for p in folder.iterdir() if not p.name.startswith(".")}
+    assert written == generate_instances.files()
+    assert len(generate_instances.instances()) <= 24
 
 
 def test_a_bad_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -109,7 +162,7 @@ def test_the_library_needs_no_cpp_symbol_of_torch() -> None:
 
 def test_build_info_names_what_made_it() -> None:
     info = _C.build_info()
-    assert info["cuda"] is False
+    assert info["cuda"] == bool(info["cuda_archs"])
     assert info["torch_target"] == "2.10"
     assert all(info[key] for key in ("compiler", "torch_headers", "layout_version"))
 
@@ -119,3 +172,27 @@ def test_missing_extension_says_how_to_build() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "rosaq._C (the compiled kernels) cannot be loaded; build it with `pip install .`" in done.stderr
+
+
+# Loaded by a process without rosaq: the same library name can be registered only once.
+REFUSAL = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+try:
+    torch.ops.rosaq.unpack.default.redispatch(cuda, torch.zeros(8, 3, dtype=torch.int32), 3)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_build_without_nvcc_says_so_and_how_to_get_it(tmp_path: Path) -> None:
+    job = native.Build(CSRC, tmp_path, Path(torch.__file__).parent, ())
+    sources = ("torch/schema.cpp", "torch/bind_no_cuda.cpp")
+    for source in sources:
+        subprocess.run(job.compile_command(source, native.TORCH, []), check=True)
+    output = tmp_path / "refusal.so"
+    subprocess.run(job.link_command(output, sources), check=True)
+    done = subprocess.run([sys.executable, "-c", REFUSAL, str(output)], capture_output=True, text=True, check=True)
+    assert "rosaq::unpack: got CUDA tensors, but this build of rosaq has no CUDA kernels" in done.stdout
+    assert "ROSAQ_BUILD=cuda pip install" in done.stdout

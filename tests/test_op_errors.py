@@ -152,7 +152,7 @@ def test_an_unknown_isa_in_the_environment_is_refused_at_the_first_use() -> None
 def test_errors_carry_no_path_of_the_build_machine() -> None:
     with pytest.raises(RuntimeError) as caught:
         ops.unpack(ints(2, 4), 3)
-    assert " csrc/torch/bind_pack.cpp:" in str(caught.value)
+    assert " csrc/torch/pack_args.cpp:" in str(caught.value)
 
 
 def test_an_unknown_isa_is_refused_with_what_there_is(restore_isa: None) -> None:  # noqa: ARG001

@@ -8,16 +8,12 @@ import sys
 
 import pytest
 import torch
-from cases import OPTIONS, Case, all_pairs, build, make_linear, make_x, pairs_of, pairwise_cases, random_rotation
+from cases import Case, all_pairs, build, case_id, make_linear, make_x, pairs_of, pairwise_cases, random_rotation
 from tolerances import assert_as_good_as
 
 from rosaq import _C, ops, reference
 
 CASES = pairwise_cases()
-
-
-def case_id(case: Case) -> str:
-    return "-".join(str(case[name]) for name in OPTIONS)
 
 
 def check_against_reference(case: Case) -> None:

@@ -7,6 +7,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +112,9 @@ class Build:
     def object_of(self, source: str) -> Path:
         return self.objects / (source.replace("/", "_") + ".o")
 
-    def link_command(self, output: Path) -> list[str]:
-        objects = [str(self.object_of(source)) for source in self.sources()]
+    def link_command(self, output: Path, sources: Iterable[str] | None = None) -> list[str]:
+        """The library of all sources, or of some."""
+        objects = [str(self.object_of(source)) for source in (self.sources() if sources is None else sources)]
         # No rpath: `import torch` has loaded both libraries before _C. DT_NEEDED libtorch keeps its symbols in reach.
         libs = ["-L" + str(self.torch_dir / "lib"), "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"]
         libs += self.toolkit.link_flags() if self.toolkit is not None else []

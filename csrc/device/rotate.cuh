@@ -133,7 +133,10 @@ ROSAQ_DEVICE void gather_salient(const GemmParams& p, int col0, unsigned char* x
         T value = Number<T>::from_float(0.0f);
         if (token < p.m && col0 + col < p.r) {
             if (p.salient_index != nullptr) {
-                value = t[static_cast<int64_t>(token) * p.k + p.salient_index[col0 + col]];
+                // The host cannot look at an index without waiting for the device: a bad one shows as NaN.
+                const int k = p.salient_index[col0 + col];
+                const bool exists = k >= 0 && k < p.k;
+                value = exists ? t[static_cast<int64_t>(token) * p.k + k] : bits_as<T>(uint16_t{0x7fff});
             } else {
                 float sum = 0.0f;
                 for (int part = 0; part < p.schedule.projection_parts; ++part)

@@ -74,7 +74,11 @@ __global__ void __launch_bounds__(kUnitThreads)
     if (row >= salient.n) return;
     for (int64_t j = 0; j < salient.r; ++j) {
         const int64_t k = salient.index[j];
-        if (k < 0 || k >= salient.k) continue;
+        if (k < 0 || k >= salient.k) {  // as in the fused kernel: NaN, in every row and column
+            for (int64_t i = 0; i < salient.k; ++i)
+                weight[row * salient.k + i] = bits_as<T>(uint16_t{0x7fff});
+            return;
+        }
         T& w = weight[row * salient.k + k];
         w = Number<T>::from_float(Number<T>::to_float(w) + load_float(salient.weight, row * salient.r + j));
     }

@@ -52,7 +52,9 @@ def instances() -> list[Instance]:
     for dtype in DTYPES:
         for bits in (3, 4):
             for tiles in (1, 2, 4, 8):
-                found += [Instance(dtype, bits, symmetric, tiles) for symmetric in ((True, False) if tiles <= 2 else (False,))]
+                found += [
+                    Instance(dtype, bits, symmetric, tiles) for symmetric in ((True, False) if tiles <= 2 else (False,))
+                ]
     return found
 
 

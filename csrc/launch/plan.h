@@ -63,6 +63,26 @@ inline Scratch scratch_of(const Problem& problem, const InstanceShape& shape, co
     return w;
 }
 
+// Everything of a launch but its tokens, schedule and scratch, from the checked arguments of the op.
+inline GemmParams params_of(const FusedGemmArgs& a, const BlobLayout& layout, const uint8_t* blob) {
+    GemmParams p{};
+    p.n = static_cast<int>(a.weight.n), p.k = static_cast<int>(a.weight.k);
+    p.codes = blob + layout.codes_offset;
+    p.scales = blob + layout.scales_offset;
+    p.zeros = a.weight.symmetric ? nullptr : blob + layout.zeros_offset;
+    p.slabs = static_cast<int>(layout.slabs), p.k_blocks = static_cast<int>(layout.k_blocks);
+    p.groups = static_cast<int>(layout.groups);
+    p.groups_per_block = layout.groups == 1 ? 1 : static_cast<int>(layout.groups / layout.k_blocks);
+    p.scale_is_bf16 = a.weight.scale_dtype == DType::kBFloat16;
+    p.r = static_cast<int>(a.r);
+    p.salient_weight = a.salient_weight, p.salient_index = a.salient_index, p.salient_basis = a.salient_basis;
+    p.rotation_size = static_cast<int>(a.rotation_size),
+    p.rotation_blocks = static_cast<int>(a.rotation_blocks);
+    p.rotation = a.rotation;
+    p.bias = a.bias;
+    return p;
+}
+
 // Tokens of the smallest instance that takes m tokens at once, of 8, 16, 32 and 64.
 inline int tokens_for(int64_t m) {
     int tokens = 8;

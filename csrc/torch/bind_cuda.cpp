@@ -31,25 +31,6 @@ void check_call(const FusedGemmCall& call) {
                 ", need a multiple of 16 on CUDA");
 }
 
-cuda::GemmParams params_of(const FusedGemmArgs& a, const CudaWeight& w) {
-    cuda::GemmParams p{};
-    p.n = static_cast<int>(a.weight.n), p.k = static_cast<int>(a.weight.k);
-    p.codes = w.blob + w.layout.codes_offset;
-    p.scales = w.blob + w.layout.scales_offset;
-    p.zeros = a.weight.symmetric ? nullptr : w.blob + w.layout.zeros_offset;
-    p.slabs = static_cast<int>(w.layout.slabs), p.k_blocks = static_cast<int>(w.layout.k_blocks);
-    p.groups = static_cast<int>(w.layout.groups);
-    p.groups_per_block = w.layout.groups == 1 ? 1 : static_cast<int>(w.layout.groups / w.layout.k_blocks);
-    p.scale_is_bf16 = a.weight.scale_dtype == DType::kBFloat16;
-    p.r = static_cast<int>(a.r);
-    p.salient_weight = a.salient_weight, p.salient_index = a.salient_index, p.salient_basis = a.salient_basis;
-    p.rotation_size = static_cast<int>(a.rotation_size),
-    p.rotation_blocks = static_cast<int>(a.rotation_blocks);
-    p.rotation = a.rotation;
-    p.bias = a.bias;
-    return p;
-}
-
 std::string text_of(const cuda::Problem& problem, const FusedGemmArgs& a, const cuda::Schedule& s) {
     std::ostringstream out;
     out << "fused_gemm_kernel for m " << problem.m << ", n " << problem.n << ", k " << problem.k << ", r "
@@ -83,7 +64,7 @@ void run_fused(FusedGemmCall& call, const CudaWeight& weight, Tensor& y, int dev
     const Tensor workspace = torch::stable::empty(bytes, ScalarType::Byte, std::nullopt, call.x.device());
     auto* base = static_cast<uint8_t*>(workspace.mutable_data_ptr());
 
-    cuda::GemmParams p = params_of(a, weight);
+    cuda::GemmParams p = cuda::params_of(a, weight.layout, weight.blob);
     p.schedule = schedule;
     p.t = problem.has_rotation ? base + scratch.t : nullptr;
     p.s_parts = reinterpret_cast<float*>(base + scratch.s_parts);

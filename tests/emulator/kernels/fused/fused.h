@@ -1,0 +1,49 @@
+// The fused kernel under the emulator: the instances that nvcc compiles, spread over a few files.
+#pragma once
+
+#include "emulator/emulator.h"
+#include "kernels/fused_gemm.cuh"
+#include "launch/plan.h"
+
+namespace emulator_tests {
+
+template <class Tile>
+rosaq::cuda::InstanceShape shape_of() {
+    return {rosaq::cuda::Number<typename Tile::T>::kDType,
+            Tile::kBits,
+            Tile::kSymmetric,
+            Tile::kTokens,
+            Tile::kRows,
+            Tile::kThreads,
+            Tile::kSmemBytes};
+}
+
+// What launch.h calls an Instance.
+struct EmulatedInstance {
+    rosaq::cuda::InstanceShape shape;
+    void (*launch)(const rosaq::cuda::GemmParams&, const emu::LaunchOptions&);
+};
+
+template <class Tile>
+EmulatedInstance instance() {
+    return {shape_of<Tile>(), [](const rosaq::cuda::GemmParams& p, const emu::LaunchOptions& options) {
+                emu::launch(rosaq::cuda::fused_gemm_kernel<Tile>, dim3(p.schedule.grid), dim3(Tile::kThreads),
+                            Tile::kSmemBytes, options, p);
+            }};
+}
+
+// The instance of a dtype and width for up to `tokens` tokens.
+template <class T, int kBits>
+EmulatedInstance find_instance(bool symmetric, int tokens);
+
+template <class T, int kBits>
+EmulatedInstance find_instance_here(bool symmetric, int tokens) {
+    using rosaq::cuda::Tile;
+    if (tokens == 8)
+        return symmetric ? instance<Tile<T, kBits, true, 1>>() : instance<Tile<T, kBits, false, 1>>();
+    if (tokens == 16)
+        return symmetric ? instance<Tile<T, kBits, true, 2>>() : instance<Tile<T, kBits, false, 2>>();
+    return tokens == 32 ? instance<Tile<T, kBits, false, 4>>() : instance<Tile<T, kBits, false, 8>>();
+}
+
+}  // namespace emulator_tests

@@ -1,0 +1,6 @@
+#include "fused.h"
+
+template <>
+emulator_tests::EmulatedInstance emulator_tests::find_instance<__nv_bfloat16, 3>(bool symmetric, int tokens) {
+    return find_instance_here<__nv_bfloat16, 3>(symmetric, tokens);
+}

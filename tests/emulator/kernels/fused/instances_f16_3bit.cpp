@@ -1,0 +1,6 @@
+#include "fused.h"
+
+template <>
+emulator_tests::EmulatedInstance emulator_tests::find_instance<__half, 3>(bool symmetric, int tokens) {
+    return find_instance_here<__half, 3>(symmetric, tokens);
+}
