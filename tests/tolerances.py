@@ -48,3 +48,10 @@ def assert_same_function(got: Tensor, want: Tensor, stored_in: torch.dtype = tor
     limit = 16 * FLOORS[stored_in]
     worst = worst_column_error(got, want.double())
     assert worst <= limit, f"worst column error {worst:.2e}, limit {limit:.2e}"
+
+
+def assert_mma_close(got: Tensor, want: Tensor) -> None:
+    """One m16n8k16 product of standard normals: 17 terms, which a tensor core may cut at 2^-23."""
+    limit = 2.0**-18
+    worst = float((got.double() - want.double()).abs().max())
+    assert worst <= limit, f"worst error {worst:.2e}, limit {limit:.2e}"

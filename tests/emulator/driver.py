@@ -20,7 +20,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,7 +97,7 @@ def _compile(objects: Mapping[Path, Path], flags: Mapping[Path, Sequence[str]]) 
         list(pool.map(_run, commands))
 
 
-def _digest(paths: Sequence[Path], flags: Sequence[str]) -> str:
+def _digest(paths: Iterable[Path], flags: Sequence[str]) -> str:
     version = subprocess.run([str(compiler()), "--version"], capture_output=True, check=True).stdout
     state = hashlib.sha256(version + repr(list(flags)).encode())
     for path in sorted(paths):
@@ -150,7 +150,8 @@ def build(name: str, sources: Sequence[str], mode: str = "plain", flags: Sequenc
     objects = _emulator_objects(asan=mode == "asan")
     paths = [ROOT / source for source in sources]
     flags = [*COMMON_FLAGS, *KERNEL_FLAGS, *MODE_FLAGS[mode], *_include_flags(), *flags]
-    headers = [*_sources(ROOT / "csrc", ".h", ".cuh"), *_sources(EMULATOR, ".h", ".cuh")]
+    folders = {ROOT / "csrc", EMULATOR, *(path.parent for path in paths)}
+    headers = {header for folder in folders for header in _sources(folder, ".h", ".cuh")}
     digest = _digest([*paths, *headers, *objects], flags)
     target = CACHE / f"{name}-{mode}-{digest}{'' if mode == 'asan' else '.so'}"
     with _locked(f"{name}-{mode}"):

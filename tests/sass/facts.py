@@ -1,0 +1,66 @@
+"""What tests want to know of a compiled kernel: which instructions it has, all in all and on the hot path.
+
+Facts are kept under build/sass, by the content of the cubin and of this folder: disassembling takes long.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tests.sass.disassembly import Instruction, disassemble, extract
+from tests.sass.loops import hot_path, main_loop
+
+FOLDER = Path(__file__).resolve().parent
+CACHE = FOLDER.parent.parent / "build" / "sass"
+
+Opcodes = dict[str, int]  # with all suffixes, and how many there are
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One kernel for one architecture. `hot`: one turn of the main loop, see loops.py; empty if there is none."""
+
+    name: str
+    arch: str
+    all: Opcodes
+    hot: Opcodes
+
+
+def count(opcodes: Opcodes, *names: str) -> int:
+    """How many instructions are one of the names, which may be whole opcodes or start like "LDS" or "MUFU.RCP"."""
+    return sum(n for opcode, n in opcodes.items() if any(f"{opcode}.".startswith(f"{name}.") for name in names))
+
+
+def _opcodes(instructions: Iterable[Instruction]) -> Opcodes:
+    return dict(Counter(instruction.opcode for instruction in instructions))
+
+
+def _of_cubin(cubin: Path, arch: str) -> list[Facts]:
+    source = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.py")))
+    kept = CACHE / f"{hashlib.sha256(source + arch.encode() + cubin.read_bytes()).hexdigest()[:24]}.json"
+    if kept.exists():
+        return [Facts(**facts) for facts in json.loads(kept.read_text())]
+    found = []
+    for kernel in disassemble(cubin, arch):
+        loop = main_loop(kernel)
+        hot = _opcodes(hot_path(kernel, loop)) if loop else {}
+        found.append(Facts(kernel.name, arch, _opcodes(kernel.instructions), hot))
+    CACHE.mkdir(parents=True, exist_ok=True)
+    new = kept.with_suffix(f".{id(found)}.new")
+    new.write_text(json.dumps([asdict(facts) for facts in found]))
+    new.replace(kept)
+    return found
+
+
+def facts_of(binary: Path, arch: str) -> list[Facts]:
+    """Every kernel of a binary for an architecture ("90a"); [] if it has none."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda cubin: _of_cubin(cubin, arch), extract(binary, arch, Path(folder))))
+    return [facts for kernels in found for facts in kernels]
