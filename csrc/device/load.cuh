@@ -1,6 +1,6 @@
-// Global to shared memory: the stages of the ring. Weights and x are fetched apart, because weights never
-// have to wait. Addresses are made anew for every stage (ptx::opaque): kept across the main loop they would
-// crowd out its sums.
+// Global to shared memory: the stages of the ring. Weights and x are two streams, because weights never have
+// to wait. Both walk the block's list of K-tiles with running pointers: the packed layout has the order of
+// the list.
 #pragma once
 
 #include "schedule.cuh"
@@ -20,105 +20,141 @@ struct WarpRows {
 };
 
 template <class Tile>
-class Loader {
-  public:
-    ROSAQ_DEVICE Loader(const GemmParams& p, unsigned char* smem) : p_(p), smem_(smem) {}
+ROSAQ_DEVICE unsigned char* weight_stage(unsigned char* smem, int stage, const Lane& at) {
+    return smem + stage * Tile::kWeightBytes + at.record<Tile>() * Tile::kWarpBytes;
+}
+template <class Tile>
+ROSAQ_DEVICE unsigned char* x_stage(unsigned char* smem, int stage) {
+    return smem + Tile::kStages * Tile::kWeightBytes + stage * Tile::kXBytes;
+}
 
-    ROSAQ_DEVICE unsigned char* weight_stage(int stage, int record) const {
-        return smem_ + stage * Tile::kWeightBytes + record * Tile::kWarpBytes;
-    }
-    ROSAQ_DEVICE unsigned char* x_stage(int stage) const {
-        return smem_ + Tile::kStages * Tile::kWeightBytes + stage * Tile::kXBytes;
-    }
-
-    // This warp's weights of a K-tile; where two warps share them, the first copies.
-    ROSAQ_DEVICE void fetch_weights(int stage, const Cursor& c) const {
-        const Lane at(ptx::opaque(static_cast<int>(threadIdx.x)));
-        if (at.warp >= Tile::kRowWarps) return;
-        const WarpRows<Tile> rows(c.row_tile, at);
-        if (rows.slab >= p_.slabs) return;
-        unsigned char* to = weight_stage(stage, at.warp);
-        if (c.k_tile < p_.k_blocks)
-            fetch_low_bit(to, rows, c.k_tile, at);
-        else
-            fetch_salient(to, rows, (c.k_tile - p_.k_blocks) * kSalientCols, at);
-    }
-
-    // All tokens of 128 k; nothing for a salient tile, whose values are computed when it is its turn.
-    ROSAQ_DEVICE void fetch_x(int stage, const Cursor& c) const {
-        if (c.k_tile >= p_.k_blocks) return;
-        using T = typename Tile::T;
-        constexpr int kChunks = kBlockK / 8;
-        const T* source = static_cast<const T*>(p_.t != nullptr ? p_.t : p_.x);
-        unsigned char* x = x_stage(stage);
+// salient_weight[row0 .. + 31, col0 .. + 31], zeros outside of [n, r].
+ROSAQ_DEVICE void fetch_salient(const GemmParams& p, unsigned char* to, int row0, int col0) {
+    const Lane at(
+        ptx::opaque(static_cast<int>(threadIdx.x)));  // rare: nothing of it is to be kept in registers
+    const auto* weight = static_cast<const uint16_t*>(p.salient_weight.data);
+    if (p.r % 8 == 0) {
 #pragma unroll
-        for (int i = ptx::opaque(static_cast<int>(threadIdx.x)); i < Tile::kTokens * kChunks;
-             i += Tile::kThreads) {
-            const int token = i / kChunks, chunk = i % kChunks, k = c.k_tile * kBlockK + chunk * 8;
-            const bool inside = token < p_.m && k < p_.k;
-            const T* from = inside ? source + static_cast<int64_t>(token) * p_.k + k : source;
-            ptx::cp_async_16_zfill(x + x_chunk_offset(token, chunk), from, inside);
+        for (int i = 0; i < kSalientCols / 8; ++i) {
+            const int row = i * 8 + at.gid, col = col0 + at.tid * 8;
+            const bool inside = row0 + row < p.n && col < p.r;
+            const uint16_t* from = inside ? weight + static_cast<int64_t>(row0 + row) * p.r + col : weight;
+            ptx::cp_async_16_zfill(to + salient_slot(row) * (kSalientCols * 2) + at.tid * kLoadBytes, from,
+                                   inside);
         }
+        return;
+    }
+    // Rows that are not 16-byte aligned: few columns as a rule, so plain copies, one row a lane.
+    auto* slot = reinterpret_cast<uint16_t*>(to + salient_slot(at.lane) * (kSalientCols * 2));
+    const int row = row0 + at.lane;
+    for (int col = 0; col < kSalientCols; ++col) {
+        const bool inside = row < p.n && col0 + col < p.r;
+        slot[col] = inside ? weight[static_cast<int64_t>(row) * p.r + col0 + col] : uint16_t{0};
+    }
+}
+
+// A warp's weights, K-tile by K-tile; where two warps share them, the first copies.
+template <class Tile>
+class WeightStream {
+  public:
+    ROSAQ_DEVICE WeightStream(const GemmParams& p, const Cursor& start, const Lane& at)
+        : p_(p), k_tile_(start.k_tile) {
+        const WarpRows<Tile> rows(start.row_tile, at);
+        slab_ = at.warp < Tile::kRowWarps ? rows.slab : p.slabs;
+        const int64_t k_block = min(k_tile_, p.k_blocks), slab = rows.slab;
+        const int64_t record = (slab * p.k_blocks + k_block) * kSlabRecords + rows.record;
+        codes_ = p.codes + record * Tile::kRecordBytes + at.lane * kLoadBytes;
+        // One more copy a lane: 64 bytes of scales a group, four lanes; 32 bytes of zeros, two lanes of the
+        // upper half.
+        static_assert(Tile::kScaleBytes == 16 * kLoadBytes, "scales and zeros lie in the order of the lanes");
+        const bool is_scale = at.lane < 16;
+        const int piece = is_scale ? at.lane : at.lane - 16,
+                  pieces = is_scale ? 4 : 2;                    // of 16 bytes, of a group
+        const int unit = is_scale ? kSlabRows * 2 : kSlabRows;  // bytes of a group of a slab
+        has_side_ =
+            piece / pieces < p.groups_per_block && (is_scale || (!Tile::kSymmetric && p.zeros != nullptr));
+        const int64_t group =
+            slab * p.groups + (p.groups == 1 ? 0 : k_block * p.groups_per_block) + piece / pieces;
+        side_ = (is_scale ? p.scales : p.zeros) + group * unit +
+                (rows.record * pieces + piece % pieces) * kLoadBytes;
+        side_step_ = p.groups == 1 ? 0 : p.groups_per_block * unit;
+        side_skip_ = p.groups == 1 ? Tile::kSlabs * unit : (Tile::kSlabs - 1) * p.groups * unit;
+    }
+
+    // Copies the next K-tile to this warp's part of a weight stage.
+    ROSAQ_DEVICE void fetch(unsigned char* to, const Lane& at) {
+        const bool has_rows = slab_ < p_.slabs;
+        if (k_tile_ < p_.k_blocks) {
+            if (has_rows) {
+#pragma unroll
+                for (int plane = 0; plane < Tile::kBits; ++plane) {
+                    const int offset = plane * kLanes * kLoadBytes;
+                    ptx::cp_async_16_first(to + offset + at.lane * kLoadBytes, codes_ + offset);
+                }
+                if (has_side_) ptx::cp_async_16(to + Tile::kRecordBytes + at.lane * kLoadBytes, side_);
+            }
+            codes_ += kSlabRecords * Tile::kRecordBytes;
+            side_ += side_step_;
+        } else if (has_rows) {
+            const int row0 = slab_ * kSlabRows + at.record<Tile>() % kSlabRecords * kRecordRows;
+            fetch_salient(p_, to, row0, (k_tile_ - p_.k_blocks) * kSalientCols);
+        }
+        if (++k_tile_ < p_.schedule.k_tiles) return;
+        k_tile_ = 0;
+        slab_ += Tile::kSlabs;
+        codes_ += static_cast<int64_t>(Tile::kSlabs - 1) * p_.k_blocks * (kSlabRecords * Tile::kRecordBytes);
+        side_ += side_skip_;
     }
 
   private:
-    ROSAQ_DEVICE void fetch_low_bit(unsigned char* to, const WarpRows<Tile>& rows, int k_block,
-                                    const Lane& at) const {
-        const int64_t record =
-            (static_cast<int64_t>(rows.slab) * p_.k_blocks + k_block) * kSlabRecords + rows.record;
-        const uint8_t* codes = p_.codes + record * Tile::kRecordBytes + at.lane * kLoadBytes;
-#pragma unroll
-        for (int plane = 0; plane < Tile::kBits; ++plane) {
-            const int offset = plane * kLanes * kLoadBytes;
-            ptx::cp_async_16_first(to + offset + at.lane * kLoadBytes, codes + offset);
-        }
-        // 64 bytes of scales a group: four lanes; 32 bytes of zeros: two lanes of the upper half.
-        const int first = p_.groups == 1 ? 0 : k_block * p_.groups_per_block;
-        const int64_t group0 = static_cast<int64_t>(rows.slab) * p_.groups + first;
-        const int group = at.lane / 4, part = at.lane % 4;
-        if (group < p_.groups_per_block) {
-            const int64_t row = (group0 + group) * kSlabRows + rows.record * kRecordRows;
-            ptx::cp_async_16(to + Tile::kRecordBytes + (group * 4 + part) * kLoadBytes,
-                             p_.scales + row * 2 + part * kLoadBytes);
-        }
-        if constexpr (!Tile::kSymmetric) {
-            const int zero_group = (at.lane - 16) / 2, half = at.lane % 2;
-            if (p_.zeros != nullptr && at.lane >= 16 && zero_group < p_.groups_per_block) {
-                const int64_t row = (group0 + zero_group) * kSlabRows + rows.record * kRecordRows;
-                ptx::cp_async_16(
-                    to + Tile::kRecordBytes + Tile::kScaleBytes + (zero_group * 2 + half) * kLoadBytes,
-                    p_.zeros + row + half * kLoadBytes);
-            }
-        }
-    }
-
-    // salient_weight[row0 .. + 31, col0 .. + 31], zeros outside of [n, r].
-    ROSAQ_DEVICE void fetch_salient(unsigned char* to, const WarpRows<Tile>& rows, int col0,
-                                    const Lane& at) const {
-        const auto* weight = static_cast<const uint16_t*>(p_.salient_weight.data);
-        if (p_.r % 8 == 0) {
-#pragma unroll
-            for (int i = 0; i < kSalientCols / 8; ++i) {
-                const int row = i * 8 + at.gid, col = col0 + at.tid * 8;
-                const bool inside = rows.row0 + row < p_.n && col < p_.r;
-                const uint16_t* from =
-                    inside ? weight + static_cast<int64_t>(rows.row0 + row) * p_.r + col : weight;
-                ptx::cp_async_16_zfill(to + salient_slot(row) * (kSalientCols * 2) + at.tid * kLoadBytes,
-                                       from, inside);
-            }
-            return;
-        }
-        // Rows that are not 16-byte aligned: few columns as a rule, so plain copies, one row a lane.
-        auto* slot = reinterpret_cast<uint16_t*>(to + salient_slot(at.lane) * (kSalientCols * 2));
-        const int row = rows.row0 + at.lane;
-        for (int col = 0; col < kSalientCols; ++col) {
-            const bool inside = row < p_.n && col0 + col < p_.r;
-            slot[col] = inside ? weight[static_cast<int64_t>(row) * p_.r + col0 + col] : uint16_t{0};
-        }
-    }
-
     const GemmParams& p_;
-    unsigned char* smem_;
+    int k_tile_, slab_;  // slab_ past the last one: nothing to copy
+    const uint8_t *codes_, *side_;
+    int side_step_, side_skip_;  // bytes to the next block of k; more at the end of a row tile
+    bool has_side_;
+};
+
+// All tokens of 128 k at a time; nothing for a salient tile, whose values are computed when it is its turn.
+template <class Tile>
+class XStream {
+  public:
+    using T = typename Tile::T;
+    static constexpr int kChunks = kBlockK / 8, kTokenStep = Tile::kThreads / kChunks;
+    static constexpr int kCopies = Tile::kTokens / kTokenStep;
+    static_assert(kTokenStep % 2 == 0 && kCopies * kTokenStep == Tile::kTokens,
+                  "the swizzle depends on token % 2");
+
+    ROSAQ_DEVICE XStream(const GemmParams& p, const Cursor& start)
+        : p_(p),
+          k_tile_(start.k_tile),
+          token_(static_cast<int>(threadIdx.x) / kChunks),
+          chunk_(static_cast<int>(threadIdx.x) % kChunks) {
+        const int64_t k = static_cast<int64_t>(min(k_tile_, p.k_blocks)) * kBlockK + chunk_ * 8;
+        from_ = static_cast<const T*>(p.t != nullptr ? p.t : p.x) + static_cast<int64_t>(token_) * p.k + k;
+    }
+
+    ROSAQ_DEVICE void fetch(unsigned char* x) {
+        if (k_tile_ < p_.k_blocks) {
+            const bool has_k = k_tile_ * kBlockK + chunk_ * 8 < p_.k;
+            unsigned char* to = x + x_chunk_offset(token_, chunk_);
+#pragma unroll
+            for (int i = 0; i < kCopies; ++i) {
+                const bool inside = has_k && token_ + i * kTokenStep < p_.m;
+                const T* from = inside ? from_ + static_cast<int64_t>(i) * kTokenStep * p_.k
+                                       : static_cast<const T*>(p_.x);
+                ptx::cp_async_16_zfill(to + i * kTokenStep * (kBlockK * 2), from, inside);
+            }
+            from_ += kBlockK;
+        }
+        if (++k_tile_ < p_.schedule.k_tiles) return;
+        k_tile_ = 0;
+        from_ -= static_cast<int64_t>(p_.k_blocks) * kBlockK;
+    }
+
+  private:
+    const GemmParams& p_;
+    int k_tile_, token_, chunk_;
+    const T* from_;
 };
 
 }  // namespace rosaq::cuda

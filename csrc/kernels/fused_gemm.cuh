@@ -19,17 +19,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) fused_gemm_kernel(const Gem
     ROSAQ_DYN_SMEM(smem);
     const Lane at;
     const Schedule& schedule = p.schedule;
-    const Loader<Tile> load(p, smem);
     const int first = first_tile_of(schedule, static_cast<int>(blockIdx.x));
     const int last = first_tile_of(schedule, static_cast<int>(blockIdx.x) + 1);
     constexpr int kAhead = Tile::kStages - 1;
 
-    Cursor ahead(schedule, first);
-    for (int i = 0; i < kAhead; ++i, ahead.advance(schedule))
-        if (first + i < last) load.fetch_weights(i, ahead);
+    Cursor now(schedule, first);
+    WeightStream<Tile> weights(p, now, at);
+    for (int i = 0; i < kAhead; ++i)
+        if (first + i < last) weights.fetch(weight_stage<Tile>(smem, i, at), at);
 
     GridBarrier grid(p.counters, schedule.grid);
-    auto* s_sums = reinterpret_cast<float*>(load.x_stage(0));  // free until x is fetched
+    auto* s_sums = reinterpret_cast<float*>(x_stage<Tile>(smem, 0));  // free until x is fetched
     if (p.rotation_size != 0) {
         rotate<Tile>(p, s_sums, at);
         grid.arrive();
@@ -41,39 +41,35 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) fused_gemm_kernel(const Gem
         grid.arrive();
     }
 
-    Cursor x_ahead(schedule, first);
-    for (int i = 0; i < kAhead; ++i, x_ahead.advance(schedule)) {
-        if (first + i < last) load.fetch_x(i, x_ahead);
+    XStream<Tile> x(p, now);
+    for (int i = 0; i < kAhead; ++i) {
+        if (first + i < last) x.fetch(x_stage<Tile>(smem, i));
         ptx::cp_async_commit();
     }
 
     Accumulator<Tile> acc;
     acc.clear();
-    Cursor now(schedule, first);
     int stage = 0, free_stage = kAhead;
     for (int tile = first; tile < last; ++tile) {
         ptx::cp_async_wait<kAhead - 1>();
         __syncthreads();
         if (tile + kAhead < last) {
-            load.fetch_weights(free_stage, ahead);
-            load.fetch_x(free_stage, ahead);
-            ahead.advance(schedule);
+            weights.fetch(weight_stage<Tile>(smem, free_stage, at), at);
+            x.fetch(x_stage<Tile>(smem, free_stage));
         }
         ptx::cp_async_commit();
 
+        unsigned char* const w_tile = weight_stage<Tile>(smem, stage, at);
+        unsigned char* const x_tile = x_stage<Tile>(smem, stage);
         const bool has_rows = WarpRows<Tile>(now.row_tile, at).slab < p.slabs;
         if (now.k_tile < p.k_blocks) {
-            if (has_rows)
-                multiply_block<Tile>(p, load.weight_stage(stage, at.record<Tile>()), load.x_stage(stage), acc,
-                                     at);
+            if (has_rows) multiply_block<Tile>(p, w_tile, x_tile, acc, at);
         } else {
             if (!is_projected) grid.wait();
             is_projected = true;
-            gather_salient<Tile>(p, (now.k_tile - p.k_blocks) * kSalientCols, load.x_stage(stage));
+            gather_salient<Tile>(p, (now.k_tile - p.k_blocks) * kSalientCols, x_tile);
             __syncthreads();
-            if (has_rows)
-                multiply_salient<Tile>(p, load.weight_stage(stage, at.record<Tile>()), load.x_stage(stage),
-                                       acc, at);
+            if (has_rows) multiply_salient<Tile>(p, w_tile, x_tile, acc, at);
         }
         if (now.k_tile == schedule.k_tiles - 1 || tile == last - 1) {
             finish_row_tile<Tile>(p, now.row_tile, acc);
