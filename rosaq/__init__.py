@@ -9,8 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from _rosaq_autoload import install
 from rosaq import ops as ops
-from rosaq.integrations.autoload import install
 
 if TYPE_CHECKING:
     from rosaq.checkpoint import read_config as read_config
