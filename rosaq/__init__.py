@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rosaq.evaluation import evaluate as evaluate
     from rosaq.linear import RosaqLinear as RosaqLinear
     from rosaq.pipeline import quantize as quantize
+    from rosaq.verification import verify as verify
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ _LAZY = {
     "evaluate": "rosaq.evaluation",
     "quantize": "rosaq.pipeline",
     "read_config": "rosaq.checkpoint",
+    "verify": "rosaq.verification",
 }
 __all__ = ["__version__", "ops", *sorted(_LAZY)]
 

@@ -1,4 +1,6 @@
-"""The command line: parse, build the values, call the library, print. Exit codes: 0 done, 2 a request that is wrong.
+"""The command line: parse, build the values, call the library, print.
+
+Exit codes: 0 done, 1 a checkpoint that `verify` found unsound, 2 a request that is wrong.
 
 Whatever the library refuses (ValueError, OSError) becomes one line on stderr; any other exception is a defect of
 rosaq and keeps its traceback.
@@ -23,9 +25,9 @@ from rosaq.demo import run_demo
 from rosaq.doctor import diagnose, lines
 from rosaq.evaluation import continue_text, evaluate
 from rosaq.report.inspect import linears_by_kind, read_layers
-from rosaq.report.progress import eval_progress, quantize_progress
+from rosaq.report.progress import count_progress, quantize_progress
 from rosaq.report.record import write_record
-from rosaq.report.tables import config_table, eval_table, kinds_table, layers_table, quantize_table
+from rosaq.report.tables import config_table, eval_table, kinds_table, layers_table, quantize_table, verify_table
 from rosaq.text import builtin_text, read_text, select_documents
 
 app = typer.Typer(
@@ -105,7 +107,7 @@ def eval_command(
         "reference": reference,
         "dtype": dtype,
     }
-    with eval_progress() as progress:
+    with count_progress("evaluating", "windows") as progress:
         result = evaluate(model, progress=progress, **request)
     Console().print(eval_table([result.to_dict()]))
     if json_file:
@@ -142,6 +144,23 @@ def inspect_command(
                 f"layers: got no rosaq_layers.json in {directory}, need a checkpoint made by rosaq quantize"
             )
         console.print(layers_table(rows))
+
+
+@app.command("verify")
+def verify_command(
+    directory: Annotated[Path, typer.Argument(help="A rosaq checkpoint.")],
+    sample: Annotated[int, typer.Option(help="Linears to run against the float64 reference.")] = 8,
+    json_file: JsonFile = None,
+) -> None:
+    """Check that a checkpoint is what it says it is; exit code 1 where it is not."""
+    with count_progress("verifying", "linears") as progress:
+        verdict = rosaq.verify(directory, sample=sample, progress=progress)
+    Console().print(verify_table([check._asdict() for check in verdict.checks]))
+    typer.echo("sound" if verdict.is_sound else "NOT SOUND: do not use this checkpoint")
+    if json_file:
+        write_record(json_file, "verify", {"directory": directory, "sample": sample}, verdict.to_dict())
+    if not verdict.is_sound:
+        raise typer.Exit(1)
 
 
 @app.command()

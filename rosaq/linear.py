@@ -122,6 +122,13 @@ class RosaqLinear(nn.Module):
             else:
                 self.pack()
                 packed = cast(Tensor, self.packed)
+        return self._gemm(x, packed, self.bias)
+
+    def compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`forward` of a packed module with a bias [n] from elsewhere, for engines that hold it themselves."""
+        return self._gemm(x, cast(Tensor, self.packed), bias)
+
+    def _gemm(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
         fmt = self.format
         y: Tensor = ops.fused_gemm(
             x,
@@ -130,7 +137,7 @@ class RosaqLinear(nn.Module):
             salient_index=self.salient_index,
             salient_basis=self.salient_basis,
             rotation=self.rotation,
-            bias=self.bias,
+            bias=bias,
             out_features=self.held[1],
             bits=fmt.bits,
             group_size=fmt.group_size_of(self.held[0]),

@@ -15,7 +15,7 @@ PACKAGE = Path(rosaq.__file__).parent
 SHARED = {"config", "layout"}
 RUN_TIME = {"reference", "ops", "sharding", "linear", "checkpoint", "integrations"}
 OFFLINE = {"models", "rotation", "calibrate", "quantizers", "pipeline", "recipes"}
-BESIDE = {"text", "evaluation", "report", "doctor", "demo", "cli"}
+BESIDE = {"text", "verification", "evaluation", "report", "doctor", "demo", "cli"}
 
 # part: the parts it may import. "rosaq" is the package itself.
 MAY_IMPORT = {
@@ -33,8 +33,28 @@ MAY_IMPORT = {
     "calibrate": {"config", "layout", "models"},
     "quantizers": {"config", "layout"},
     "recipes": {"config"},
-    "pipeline": {"config", "layout", "models", "rotation", "calibrate", "quantizers", "recipes", "checkpoint", "text"},
+    "pipeline": {
+        "config",
+        "layout",
+        "models",
+        "rotation",
+        "calibrate",
+        "quantizers",
+        "recipes",
+        "checkpoint",
+        "sharding",
+        "text",
+    },
     "text": set(),
+    "verification": {
+        "config",
+        "layout",
+        "reference",
+        "checkpoint",
+        "linear",
+        "sharding",
+        "integrations",
+    },
     "evaluation": {"config", "checkpoint", "linear", "text"},
     "report": {"config", "checkpoint"},
     "doctor": {"_C", "report"},

@@ -6,10 +6,12 @@ transformers only warns about tensors that are missing, and then runs on random 
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
@@ -114,7 +116,7 @@ class RosaqHfQuantizer(HfQuantizer):
     # --- after loading ----------------------------------------------------------------------------------------------
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
-        if torch.distributed.is_available():
+        if has_parallel_styles():
             from rosaq.integrations.transformers_parallel import register_styles, update_plan
 
             register_styles()
@@ -129,7 +131,12 @@ class RosaqHfQuantizer(HfQuantizer):
                 check_loaded(name, module)
             elif module.bias is not None:
                 module.bias.data = module.bias.data.to(torch.float16)
-            if torch.distributed.is_available():
+            if any(hasattr(tensor, "_local_tensor") for tensor in module.parameters(recurse=False)):
+                if not has_parallel_styles():
+                    raise NotImplementedError(
+                        f"{name}: tensor parallelism: got transformers {transformers.__version__}, need one "
+                        "with transformers.distributed.parallel_utils (5.23 is tested)"
+                    )
                 from rosaq.integrations.transformers_parallel import keep_local_tensors
 
                 keep_local_tensors(name, module)
@@ -173,6 +180,11 @@ def check_loaded(name: str, module: RosaqLinear) -> None:
     for key, tensor in module.named_parameters(recurse=False):
         if not getattr(tensor, "_is_hf_initialized", False):
             raise ValueError(f"{name}.{key}: got no such tensor in the checkpoint, need it")
+
+
+def has_parallel_styles() -> bool:
+    """True where this torch and this transformers have what `transformers_parallel` extends."""
+    return torch.distributed.is_available() and find_spec("transformers.distributed.parallel_utils") is not None
 
 
 def check_files(checkpoint_files: list[str] | None, config: CheckpointConfig) -> None:
