@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rosaq.config import CalibrationSpec as CalibrationSpec
     from rosaq.config import LinearFormat as LinearFormat
     from rosaq.config import QuantSpec as QuantSpec
+    from rosaq.conversion import convert as convert
     from rosaq.evaluation import evaluate as evaluate
     from rosaq.linear import RosaqLinear as RosaqLinear
     from rosaq.pipeline import quantize as quantize
@@ -29,6 +30,7 @@ _LAZY = {
     "LinearFormat": "rosaq.config",
     "QuantSpec": "rosaq.config",
     "RosaqLinear": "rosaq.linear",
+    "convert": "rosaq.conversion",
     "evaluate": "rosaq.evaluation",
     "quantize": "rosaq.pipeline",
     "read_config": "rosaq.checkpoint",

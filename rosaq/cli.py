@@ -27,7 +27,15 @@ from rosaq.evaluation import continue_text, evaluate
 from rosaq.report.inspect import linears_by_kind, read_layers
 from rosaq.report.progress import count_progress, quantize_progress
 from rosaq.report.record import write_record
-from rosaq.report.tables import config_table, eval_table, kinds_table, layers_table, quantize_table, verify_table
+from rosaq.report.tables import (
+    config_table,
+    eval_table,
+    format_bytes,
+    kinds_table,
+    layers_table,
+    quantize_table,
+    verify_table,
+)
 from rosaq.text import builtin_text, read_text, select_documents
 
 app = typer.Typer(
@@ -144,6 +152,29 @@ def inspect_command(
                 f"layers: got no rosaq_layers.json in {directory}, need a checkpoint made by rosaq quantize"
             )
         console.print(layers_table(rows))
+
+
+@app.command("convert")
+def convert_command(
+    source: Annotated[Path, typer.Argument(help="A rosaq, GPTQ, AWQ or compressed-tensors checkpoint.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New directory for the checkpoint.")],
+    to: Annotated[
+        str | None, typer.Option(help="dense or compressed-tensors (from rosaq), rosaq (from the others).")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of dense weights: float16, bfloat16 or float32.")] = "float16",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Write a checkpoint in another format, with the same codes."""
+    request: dict[str, Any] = {"to": to, "dtype": dtype, "force": force}
+    with count_progress("converting", "linears") as progress:
+        result = rosaq.convert(source, output, progress=progress, **request)
+    typer.echo(
+        f"{result.num_linears} linears: {result.source_format}, {format_bytes(result.source_bytes)} -> "
+        f"{result.target_format}, {format_bytes(result.output_bytes)} in {output}"
+    )
+    if json_file:
+        write_record(json_file, "convert", request | {"source": source, "output": output}, result.to_dict())
 
 
 @app.command("verify")

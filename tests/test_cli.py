@@ -86,6 +86,15 @@ def test_verify_tells_sound_from_unsound(capsys, tmp_path, quantised):
     assert run(capsys, "verify", tmp_path / "none")[0] == 2
 
 
+def test_convert_tells_what_it_did(capsys, tmp_path, quantised):
+    code, stdout, stderr = run(capsys, "convert", quantised, "-o", tmp_path / "dense", "--json", tmp_path / "c.json")
+    assert code == 0, stderr
+    assert "14 linears: rosaq," in stdout
+    assert json.loads((tmp_path / "c.json").read_text())["result"]["target_format"] == "dense"
+    assert run(capsys, "generate", tmp_path / "dense", "The", "--max-new-tokens", "2")[0] == 0
+    assert run(capsys, "convert", quantised, "-o", tmp_path / "dense")[0] == 2
+
+
 def test_sampling_is_repeatable_by_seed(capsys, quantised):
     command = ["generate", quantised, "A", "--max-new-tokens", "8", "--temperature", "1.0", "--seed"]
     first, again, other = (run(capsys, *command, seed)[1] for seed in ("3", "3", "4"))

@@ -15,7 +15,7 @@ PACKAGE = Path(rosaq.__file__).parent
 SHARED = {"config", "layout"}
 RUN_TIME = {"reference", "ops", "sharding", "linear", "checkpoint", "integrations"}
 OFFLINE = {"models", "rotation", "calibrate", "quantizers", "pipeline", "recipes"}
-BESIDE = {"text", "verification", "evaluation", "report", "doctor", "demo", "cli"}
+BESIDE = {"text", "verification", "conversion", "evaluation", "report", "doctor", "demo", "cli"}
 
 # part: the parts it may import. "rosaq" is the package itself.
 MAY_IMPORT = {
@@ -55,6 +55,7 @@ MAY_IMPORT = {
         "sharding",
         "integrations",
     },
+    "conversion": {"config", "ops", "linear", "checkpoint", "integrations"},
     "evaluation": {"config", "checkpoint", "linear", "text"},
     "report": {"config", "checkpoint"},
     "doctor": {"_C", "report"},

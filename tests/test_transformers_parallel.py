@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +17,10 @@ WORKER = Path(__file__).parent / "parallel_worker.py"
 ROTATED = LinearFormat(4, 32, num_salient=3, salient="basis", rotation_blocks=1, rotation_size=32)
 
 
-def run_ranks(checkpoint, out, **options):
+def run_ranks(checkpoint, out, port, **options):
     """Run two ranks on the CPU; returns what each has answered."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    env["MASTER_PORT"] = str(port)
     env["PYTHONPATH"] = str(WORKER.parent.parent)
     command = [sys.executable, str(WORKER), str(checkpoint), str(out), json.dumps(options)]
     ranks = [
@@ -36,7 +33,7 @@ def run_ranks(checkpoint, out, **options):
 
 
 @torch.no_grad()
-def test_two_ranks_compute_what_one_does(tmp_path):
+def test_two_ranks_compute_what_one_does(tmp_path, free_port):
     # bias on every linear; salient channels, a basis and rotations on the sites that are cut along "in"
     checkpoint = save_rosaq(
         tmp_path / "model",
@@ -44,7 +41,7 @@ def test_two_ranks_compute_what_one_does(tmp_path):
         default=LinearFormat(3, 32, num_salient=4),
         modules={"mlp.down_proj": ROTATED, "layers.1.self_attn.o_proj": LinearFormat(4, -1, symmetric=True)},
     )
-    answers = run_ranks(checkpoint, tmp_path)
+    answers = run_ranks(checkpoint, tmp_path, free_port)
     want = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)(torch.arange(24).view(2, 12)).logits
     for rank, answer in enumerate(answers):
         assert answer["held"] == [64, 64]
@@ -54,15 +51,15 @@ def test_two_ranks_compute_what_one_does(tmp_path):
         assert_same_function(torch.load(tmp_path / f"logits-{rank}.pt"), want)
 
 
-def test_size_that_does_not_divide_is_refused(tmp_path):
+def test_size_that_does_not_divide_is_refused(tmp_path, free_port):
     fmt = LinearFormat(3, 64)
     checkpoint = save_rosaq(tmp_path / "model", default=fmt)
-    for answer in run_ranks(checkpoint, tmp_path):
+    for answer in run_ranks(checkpoint, tmp_path, free_port):
         assert "tensor parallel size: got 2, need one of [1]: in_features 64" in answer["error"]
 
 
-def test_style_that_is_not_ours_is_refused(tmp_path):
+def test_style_that_is_not_ours_is_refused(tmp_path, free_port):
     checkpoint = save_rosaq(tmp_path / "model", default=LinearFormat(3, 32, num_salient=4))
     plan = {"model.layers.*.mlp.up_proj": "colwise"}
-    for answer in run_ranks(checkpoint, tmp_path, distributed={"tp_plan": plan}):
+    for answer in run_ranks(checkpoint, tmp_path, free_port, distributed={"tp_plan": plan}):
         assert "up_proj: got a parallel style that is not rosaq's" in answer["error"]

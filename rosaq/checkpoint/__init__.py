@@ -7,6 +7,7 @@ ever unpickled.
 
 from rosaq.checkpoint.hashes import HASHES_FILE, file_hash, read_hashes, write_hashes
 from rosaq.checkpoint.measure import bits_per_weight, linear_bytes, linear_sizes, read_config, total_bytes
+from rosaq.checkpoint.new_directory import new_directory
 from rosaq.checkpoint.reader import INDEX_FILE, SINGLE_FILE, WeightReader, read_header, read_json
 from rosaq.checkpoint.writer import write_shards
 
@@ -19,6 +20,7 @@ __all__ = [
     "file_hash",
     "linear_bytes",
     "linear_sizes",
+    "new_directory",
     "read_config",
     "read_hashes",
     "read_header",

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from rosaq.checkpoint import read_json
 from rosaq.config import CheckpointConfig
-from rosaq.sharding import Cut
+from rosaq.sharding import Cut, allowed_sizes
 
 
 @dataclass(frozen=True)
@@ -32,16 +31,6 @@ class ModelShape:
     cuts: dict[str, Cut]
 
     @classmethod
-    def read(cls, directory: str | Path, config: CheckpointConfig) -> ModelShape:
-        """Read config.json in `directory`; ValueError or KeyError for an architecture transformers does not know."""
-        model_type = read_json(Path(directory) / "config.json").get("model_type")
-        if not model_type:
-            raise ValueError(f"{directory}/config.json: got no model_type, need the name of an architecture")
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-        return cls.of(model, config)
-
-    @classmethod
     def of(cls, model: nn.Module, config: CheckpointConfig) -> ModelShape:
         """The shape of `model`, whose linears are still dense."""
         names, linears = set(model.state_dict()), {}
@@ -53,6 +42,25 @@ class ModelShape:
                 names |= {f"{name}.{key}" for key in config.format_of(name).tensor_shapes(k, n)}
         tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
         return cls(type(model).__name__, names - tied, names, linears, _cuts(model, linears))
+
+    def rank_counts(self, config: CheckpointConfig) -> tuple[int, ...]:
+        """The numbers of ranks that every quantised linear can be cut between; empty where the model has no plan."""
+        if set(self.cuts) != set(self.linears):
+            return ()
+        return allowed_sizes((config.format_of(name), k, n, self.cuts[name]) for name, (n, k) in self.linears.items())
+
+
+def dense_model(values: dict[str, Any]) -> nn.Module:
+    """The model that a config.json describes, on the meta device, its linears dense.
+
+    ValueError or KeyError for an architecture that transformers does not know.
+    """
+    values = {key: value for key, value in values.items() if key != "quantization_config"}
+    if not values.get("model_type"):
+        raise ValueError("config.json: got no model_type, need the name of an architecture")
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    return model
 
 
 def _cuts(model: nn.Module, linears: dict[str, tuple[int, int]]) -> dict[str, Cut]:

@@ -16,9 +16,9 @@ from rosaq.checkpoint import (
     linear_sizes,
     read_config,
     read_hashes,
+    read_json,
 )
 from rosaq.config import CheckpointConfig
-from rosaq.sharding import Cut, allowed_sizes
 from rosaq.verification.linears import SAME_RESULT, read_linear, result_error, value_problem
 
 Status = Literal["ok", "failed", "unknown"]
@@ -110,10 +110,10 @@ def _check_hashes(directory: Path) -> Check:
 def _check_model(directory: Path, config: CheckpointConfig, reader: WeightReader, sizes: Sizes) -> Iterator[Check]:
     """The checkpoint against the model that config.json describes: every tensor of it, and no other."""
     # transformers is only needed here, and slow to import.
-    from rosaq.integrations.transformers_model import ModelShape
+    from rosaq.integrations.transformers_model import ModelShape, dense_model
 
     try:
-        shape = ModelShape.read(directory, config)
+        shape = ModelShape.of(dense_model(read_json(directory / "config.json")), config)
     except (ValueError, OSError, KeyError) as error:
         yield Check("model", "failed", str(error))
         return
@@ -131,18 +131,14 @@ def _check_model(directory: Path, config: CheckpointConfig, reader: WeightReader
         yield Check("model", "failed", wrong[0] + more)
         return
     yield Check("model", "ok", f"{shape.name}: every tensor is there")
-    yield _check_ranks(config, sizes, shape.cuts)
-
-
-def _check_ranks(config: CheckpointConfig, sizes: Sizes, cuts: dict[str, Cut]) -> Check:
-    linears = [(config.format_of(name), k, n, cuts[name]) for name, (n, k) in sizes.items() if name in cuts]
-    if len(linears) < len(sizes):
-        return Check("tensor parallel", "unknown", "transformers has no plan for this model")
-    possible = allowed_sizes(linears)
-    told = f"sizes {', '.join(map(str, possible))}"
+    possible = shape.rank_counts(config)
     if config.tp_sizes and config.tp_sizes != possible:
-        return Check("tensor parallel", "failed", f"tp_sizes: got {list(config.tp_sizes)}, need {list(possible)}")
-    return Check("tensor parallel", "ok", told)
+        told = f"tp_sizes: got {list(config.tp_sizes)}, need {list(possible)}"
+        yield Check("tensor parallel", "failed", told)
+    elif not possible:
+        yield Check("tensor parallel", "unknown", "transformers has no plan for this model")
+    else:
+        yield Check("tensor parallel", "ok", f"sizes {', '.join(map(str, possible))}")
 
 
 def _check_numbers(
