@@ -209,9 +209,31 @@ def test_truncated_checkpoint_is_an_error(salient_checkpoint):
         AutoModelForCausalLM.from_pretrained(salient_checkpoint)
 
 
+def test_pickle_is_never_read(salient_checkpoint):
+    path = salient_checkpoint / "model.safetensors"
+    torch.save(load_file(path), salient_checkpoint / "pytorch_model.bin")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: got a file that is not safetensors"):
+        AutoModelForCausalLM.from_pretrained(salient_checkpoint)
+
+
+def test_index_may_not_leave_the_directory(salient_checkpoint):
+    path = salient_checkpoint / "model.safetensors"
+    outside = path.rename(salient_checkpoint.parent / "outside.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(outside), "../outside.safetensors")}
+    (salient_checkpoint / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}} | index))
+    with pytest.raises(ValueError, match=r"got file .*/../outside.safetensors, need plain file names inside"):
+        AutoModelForCausalLM.from_pretrained(salient_checkpoint)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"version": 2}, "version: got 2"), ({"bits": 5}, "bits: got 5"), ({"colour": 1}, "unknown keys")],
+    [
+        ({"version": 2}, "version: got 2"),
+        ({"bits": 5}, "bits: got 5"),
+        ({"colour": 1}, "unknown keys"),
+        ({"bits": 4}, "got codes of 3 bits, need 4 by config.json"),
+    ],
 )
 def test_foreign_config_is_an_error(salient_checkpoint, changes, message):
     path = salient_checkpoint / "config.json"

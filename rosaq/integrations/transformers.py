@@ -188,13 +188,22 @@ def has_parallel_styles() -> bool:
 
 
 def check_files(checkpoint_files: list[str] | None, config: CheckpointConfig) -> None:
-    """ValueError, naming the tensor, if the files do not hold what `config` says; reads headers only.
+    """ValueError, naming the file or the tensor, if the files do not hold what `config` says; reads headers only.
 
-    transformers drops tensors it has no place for (zeros where the config says symmetric) with a warning.
+    transformers drops tensors it has no place for (zeros where the config says symmetric) with a warning, and takes
+    pickles where there is nothing else.
     """
-    directory = Path(checkpoint_files[0]).parent if checkpoint_files else None
+    if not checkpoint_files:
+        return
+    pickles = [path for path in checkpoint_files if not path.endswith(".safetensors")]
+    if pickles:
+        raise ValueError(f"{pickles[0]}: got a file that is not safetensors, need safetensors: nothing is unpickled")
+    directory = Path(checkpoint_files[0]).parent
+    outside = [path for path in checkpoint_files if ".." in Path(path).parts or Path(path).parent != directory]
+    if outside:
+        raise ValueError(f"{INDEX_FILE}: got file {outside[0]}, need plain file names inside one directory")
     # Files under other names (a `variant`) are left to transformers and to the checks after loading.
-    if directory and any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+    if any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
         linear_sizes(config, WeightReader(directory))
 
 

@@ -7,6 +7,7 @@ launch; parts that differ (other bits, other directions) become a launch each, t
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.utils import set_weight_attrs
 
+from rosaq.checkpoint import WeightReader, linear_sizes
 from rosaq.config import QUANT_METHOD, CheckpointConfig
 from rosaq.integrations.vllm_linear import FusedLinear, Part
 
@@ -48,6 +50,12 @@ class RosaqVllmConfig(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RosaqVllmConfig:
         return cls(CheckpointConfig.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Refuse files that are not what config.json says, before any engine starts; for a model in a directory."""
+        del hf_config, revision
+        if Path(model_name).is_dir():
+            linear_sizes(self.checkpoint, WeightReader(model_name))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         checkpoint = self.checkpoint
