@@ -81,7 +81,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     wanted = files()
     for path in FOLDER.iterdir():
-        if path.name not in wanted:
+        if path.name not in wanted and not path.name.startswith("."):
             path.unlink()
     for name, text in wanted.items():
         (FOLDER / name).write_text(text, encoding="utf-8")
