@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rosaq.config import QuantSpec as QuantSpec
     from rosaq.conversion import convert as convert
     from rosaq.evaluation import evaluate as evaluate
+    from rosaq.integrations.transformers import RosaqConfig as RosaqConfig
     from rosaq.linear import RosaqLinear as RosaqLinear
     from rosaq.pipeline import quantize as quantize
     from rosaq.verification import verify as verify
@@ -29,6 +30,7 @@ _LAZY = {
     "CalibrationSpec": "rosaq.config",
     "LinearFormat": "rosaq.config",
     "QuantSpec": "rosaq.config",
+    "RosaqConfig": "rosaq.integrations.transformers",
     "RosaqLinear": "rosaq.linear",
     "convert": "rosaq.conversion",
     "evaluate": "rosaq.evaluation",
