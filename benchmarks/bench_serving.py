@@ -33,14 +33,14 @@ def load(directory: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
-def import_seconds(module: str, **env: str) -> float:
-    """Median seconds of five fresh processes that do nothing but `import module`."""
-    samples = []
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", f"import {module}"], check=True, env={**os.environ, **env})
-        samples.append(time.perf_counter() - start)
-    return statistics.median(samples)
+def import_torch_seconds(rounds: int) -> dict[str, float]:
+    """Fresh processes that do nothing but `import torch`, in turn with and without the entry point."""
+
+    def start(autoload: str) -> None:
+        env = {**os.environ, "ROSAQ_AUTOLOAD": autoload}
+        subprocess.run([sys.executable, "-c", "import torch"], check=True, env=env)
+
+    return medians({"with_autoload": lambda: start("1"), "without": lambda: start("0")}, rounds)
 
 
 @torch.inference_mode()
@@ -94,10 +94,7 @@ def main() -> None:
     model, dense = load(args.quantised), load(args.dense)
     result = {
         "load_seconds": loading | {"beyond_transformers": loading["rosaq"] - loading["dense"]},
-        "import_torch_seconds": {
-            "with_autoload": import_seconds("torch"),
-            "without": import_seconds("torch", ROSAQ_AUTOLOAD="0"),
-        },
+        "import_torch_seconds": import_torch_seconds(args.rounds),
         "around_the_op_us": around_the_op(model),
         "decode_ms": {"dense": decode_ms(dense), "rosaq": decode_ms(model)},
         "machine": machine(),

@@ -113,7 +113,7 @@ class RosaqLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., k] float16, bfloat16 or float32 -> y [.., n] of the same dtype."""
-        packed = self.packed
+        packed = self._buffers["packed"]
         if packed is None:
             self.check(type(self).__name__)
             if self.is_offloaded:
@@ -122,21 +122,21 @@ class RosaqLinear(nn.Module):
             else:
                 self.pack()
                 packed = cast(Tensor, self.packed)
-        return self._gemm(x, packed, self.bias)
+        return self._gemm(x, packed, self._parameters["bias"])
 
     def compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`forward` of a packed module with a bias [n] from elsewhere, for engines that hold it themselves."""
         return self._gemm(x, cast(Tensor, self.packed), bias)
 
     def _gemm(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-        fmt = self.format
+        fmt, held = self.format, self._parameters  # not self.rotation and so on: nn.Module looks those up slowly
         y: Tensor = ops.fused_gemm(
             x,
             packed,
-            salient_weight=self.salient_weight,
-            salient_index=self.salient_index,
-            salient_basis=self.salient_basis,
-            rotation=self.rotation,
+            salient_weight=held["salient_weight"],
+            salient_index=held["salient_index"],
+            salient_basis=held["salient_basis"],
+            rotation=held["rotation"],
             bias=bias,
             out_features=self.held[1],
             bits=fmt.bits,

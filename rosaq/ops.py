@@ -22,6 +22,7 @@ except ImportError as error:
     ) from error
 
 MIN_CAPABILITY = (8, 0)
+_fused_gemm = torch.ops.rosaq.fused_gemm.default  # looked up once: it is called for every layer of every token
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -89,7 +90,7 @@ def fused_gemm(
     The result does not depend on the number of threads; few and many tokens take different paths, equal up to rounding.
     A token with an infinite or NaN channel gives NaN. RuntimeError for anything that does not fit.
     """
-    return torch.ops.rosaq.fused_gemm.default(  # type: ignore[no-any-return]
+    return _fused_gemm(  # type: ignore[no-any-return]
         x,
         packed,
         salient_weight,
