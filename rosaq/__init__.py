@@ -9,17 +9,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from _rosaq_autoload import install
 from rosaq import ops as ops
-from rosaq.integrations.autoload import install
 
 if TYPE_CHECKING:
     from rosaq.checkpoint import read_config as read_config
     from rosaq.config import CalibrationSpec as CalibrationSpec
     from rosaq.config import LinearFormat as LinearFormat
     from rosaq.config import QuantSpec as QuantSpec
+    from rosaq.conversion import convert as convert
     from rosaq.evaluation import evaluate as evaluate
+    from rosaq.integrations.transformers import RosaqConfig as RosaqConfig
     from rosaq.linear import RosaqLinear as RosaqLinear
     from rosaq.pipeline import quantize as quantize
+    from rosaq.verification import verify as verify
 
 __version__ = "0.1.0"
 
@@ -27,10 +30,13 @@ _LAZY = {
     "CalibrationSpec": "rosaq.config",
     "LinearFormat": "rosaq.config",
     "QuantSpec": "rosaq.config",
+    "RosaqConfig": "rosaq.integrations.transformers",
     "RosaqLinear": "rosaq.linear",
+    "convert": "rosaq.conversion",
     "evaluate": "rosaq.evaluation",
     "quantize": "rosaq.pipeline",
     "read_config": "rosaq.checkpoint",
+    "verify": "rosaq.verification",
 }
 __all__ = ["__version__", "ops", *sorted(_LAZY)]
 

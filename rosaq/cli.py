@@ -1,4 +1,6 @@
-"""The command line: parse, build the values, call the library, print. Exit codes: 0 done, 2 a request that is wrong.
+"""The command line: parse, build the values, call the library, print.
+
+Exit codes: 0 done, 1 a checkpoint that `verify` found unsound, 2 a request that is wrong.
 
 Whatever the library refuses (ValueError, OSError) becomes one line on stderr; any other exception is a defect of
 rosaq and keeps its traceback.
@@ -23,9 +25,17 @@ from rosaq.demo import run_demo
 from rosaq.doctor import diagnose, lines
 from rosaq.evaluation import continue_text, evaluate
 from rosaq.report.inspect import linears_by_kind, read_layers
-from rosaq.report.progress import eval_progress, quantize_progress
+from rosaq.report.progress import count_progress, quantize_progress
 from rosaq.report.record import write_record
-from rosaq.report.tables import config_table, eval_table, kinds_table, layers_table, quantize_table
+from rosaq.report.tables import (
+    config_table,
+    eval_table,
+    format_bytes,
+    kinds_table,
+    layers_table,
+    quantize_table,
+    verify_table,
+)
 from rosaq.text import builtin_text, read_text, select_documents
 
 app = typer.Typer(
@@ -105,7 +115,7 @@ def eval_command(
         "reference": reference,
         "dtype": dtype,
     }
-    with eval_progress() as progress:
+    with count_progress("evaluating", "windows") as progress:
         result = evaluate(model, progress=progress, **request)
     Console().print(eval_table([result.to_dict()]))
     if json_file:
@@ -142,6 +152,46 @@ def inspect_command(
                 f"layers: got no rosaq_layers.json in {directory}, need a checkpoint made by rosaq quantize"
             )
         console.print(layers_table(rows))
+
+
+@app.command("convert")
+def convert_command(
+    source: Annotated[Path, typer.Argument(help="A rosaq, GPTQ, AWQ or compressed-tensors checkpoint.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New directory for the checkpoint.")],
+    to: Annotated[
+        str | None, typer.Option(help="dense or compressed-tensors (from rosaq), rosaq (from the others).")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of dense weights: float16, bfloat16 or float32.")] = "float16",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Write a checkpoint in another format, with the same codes."""
+    request: dict[str, Any] = {"to": to, "dtype": dtype, "force": force}
+    with count_progress("converting", "linears") as progress:
+        result = rosaq.convert(source, output, progress=progress, **request)
+    typer.echo(
+        f"{result.num_linears} linears: {result.source_format}, {format_bytes(result.source_bytes)} -> "
+        f"{result.target_format}, {format_bytes(result.output_bytes)} in {output}"
+    )
+    if json_file:
+        write_record(json_file, "convert", request | {"source": source, "output": output}, result.to_dict())
+
+
+@app.command("verify")
+def verify_command(
+    directory: Annotated[Path, typer.Argument(help="A rosaq checkpoint.")],
+    sample: Annotated[int, typer.Option(help="Linears to run against the float64 reference.")] = 8,
+    json_file: JsonFile = None,
+) -> None:
+    """Check that a checkpoint is what it says it is; exit code 1 where it is not."""
+    with count_progress("verifying", "linears") as progress:
+        verdict = rosaq.verify(directory, sample=sample, progress=progress)
+    Console().print(verify_table([check._asdict() for check in verdict.checks]))
+    typer.echo("sound" if verdict.is_sound else "NOT SOUND: do not use this checkpoint")
+    if json_file:
+        write_record(json_file, "verify", {"directory": directory, "sample": sample}, verdict.to_dict())
+    if not verdict.is_sound:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -131,6 +131,7 @@ class CheckpointConfig:
 
     `default` holds for all linears; `modules` overrides whole formats by module-name suffix, the longest matching
     suffix wins ("mlp.down_proj" covers every layer, "model.layers.0.mlp.down_proj" one).
+    `tp_sizes` are the numbers of ranks that tensor parallelism can cut every linear between; empty: not recorded.
     """
 
     default: LinearFormat
@@ -138,6 +139,7 @@ class CheckpointConfig:
     modules_to_not_convert: tuple[str, ...] = ("lm_head",)
     recipe: str = ""
     version: int = FORMAT_VERSION
+    tp_sizes: tuple[int, ...] = ()
 
     def format_of(self, name: str) -> LinearFormat:
         """The format of the linear called `name` (its dotted module path)."""
@@ -153,6 +155,7 @@ class CheckpointConfig:
             "recipe": self.recipe,
             "modules_to_not_convert": list(self.modules_to_not_convert),
             "modules": {name: fmt.to_dict() for name, fmt in sorted(self.modules.items())},
+            **({"tp_sizes": list(self.tp_sizes)} if self.tp_sizes else {}),
         }
 
     @classmethod
@@ -169,8 +172,8 @@ class CheckpointConfig:
             )
         modules = {name: LinearFormat.from_dict(fmt) for name, fmt in values.pop("modules", {}).items()}
         skip = tuple(values.pop("modules_to_not_convert", ()))
-        recipe = values.pop("recipe", "")
-        return cls(LinearFormat.from_dict(values), modules, skip, recipe, version)
+        recipe, tp_sizes = values.pop("recipe", ""), tuple(values.pop("tp_sizes", ()))
+        return cls(LinearFormat.from_dict(values), modules, skip, recipe, version, tp_sizes)
 
 
 # --- how a checkpoint is made -------------------------------------------------------------------------------------

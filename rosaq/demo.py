@@ -16,7 +16,7 @@ from rich.console import Console
 import rosaq
 from rosaq.config import CalibrationSpec
 from rosaq.evaluation import continue_text, evaluate, load_model
-from rosaq.report.progress import eval_progress, quantize_progress
+from rosaq.report.progress import count_progress, quantize_progress
 from rosaq.report.record import write_record
 from rosaq.report.tables import eval_table
 
@@ -140,7 +140,7 @@ def _evaluate_all(dense: Path, outputs: dict[str, Path], text: Path | None, wind
     results: dict[str, dict[str, Any]] = {}
     reference = load_model(dense)
     for name, path in {"original": dense, **outputs}.items():
-        with eval_progress() as progress:
+        with count_progress("evaluating", "windows") as progress:
             other = None if path is dense else reference  # one forward pass less, for a divergence that is 0
             result = evaluate(path, text=text, windows=windows, reference=other, progress=progress)
         results[name] = result.to_dict()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -52,8 +54,15 @@ def _transformers() -> dict[str, Any]:
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     registered = "rosaq" in AUTO_QUANTIZER_MAPPING
-    why = {} if registered else {"why": "rosaq is not among its quantisers: import rosaq before loading"}
-    return {"available": registered, "version": version, **why}
+    why = {} if registered else {"why": f"version {version} has another table of quantisers: need transformers>=5.0"}
+    return {"available": registered, "version": version, "without_import": autoload_is_on(), **why}
+
+
+def autoload_is_on() -> bool:
+    """True where processes that never import rosaq can load its checkpoints (the torch.backends entry point)."""
+    installed = any(entry.name == "rosaq" for entry in entry_points(group="torch.backends"))
+    switches = ("ROSAQ_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+    return installed and all(os.environ.get(name, "1") == "1" for name in switches)
 
 
 def lines(facts: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rosaq import ops
 from rosaq.config import LinearFormat, QuantSpec
 from rosaq.layout import dequantize
+from rosaq.sharding import Piece
 
 PACKED_NAMES = ("qweight", "scales", "zeros")
 
@@ -24,10 +25,13 @@ PACKED_NAMES = ("qweight", "scales", "zeros")
 class RosaqLinear(nn.Module):
     """y [.., n] = t · Ŵᵀ + s · Cᵀ + bias with t = x [.., k] · blockdiag(rotation), s the salient part of t.
 
-    `in_features` k and `out_features` n are the full widths, also on a shard that holds a part of them. Nothing is
-    trainable. Storage dtypes are those of the disk layout and stay so under `.half()`, `.bfloat16()`, `.float()`; the
-    activations decide the dtype of the result.
+    `in_features` k and `out_features` n are the full widths, also on a shard; `held` are those of the tensors that are
+    here. Nothing is trainable. Storage dtypes are those of the disk layout and stay so under `.half()`, `.bfloat16()`,
+    `.float()`; the activations decide the dtype of the result.
     """
+
+    # transformers' tensor parallelism hands such modules plain tensors.
+    _hf_quantized_needs_local_tp = True
 
     packed: Tensor | None
     scales: nn.Parameter | None
@@ -51,6 +55,8 @@ class RosaqLinear(nn.Module):
         super().__init__()
         format.check_sizes(in_features, out_features, type(self).__name__)
         self.in_features, self.out_features, self.format = in_features, out_features, format
+        self.held = (in_features, out_features)
+        self.piece: Piece | None = None
         self.tensor_shapes = format.tensor_shapes(in_features, out_features, bias=bias)
         for name in (*PACKED_NAMES, "salient_weight", "salient_index", "salient_basis", "rotation", "bias"):
             self.register_parameter(name, None)
@@ -107,7 +113,7 @@ class RosaqLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., k] float16, bfloat16 or float32 -> y [.., n] of the same dtype."""
-        packed = self.packed
+        packed = self._buffers["packed"]
         if packed is None:
             self.check(type(self).__name__)
             if self.is_offloaded:
@@ -116,18 +122,25 @@ class RosaqLinear(nn.Module):
             else:
                 self.pack()
                 packed = cast(Tensor, self.packed)
-        fmt = self.format
+        return self._gemm(x, packed, self._parameters["bias"])
+
+    def compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`forward` of a packed module with a bias [n] from elsewhere, for engines that hold it themselves."""
+        return self._gemm(x, cast(Tensor, self.packed), bias)
+
+    def _gemm(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        fmt, held = self.format, self._parameters  # not self.rotation and so on: nn.Module looks those up slowly
         y: Tensor = ops.fused_gemm(
             x,
             packed,
-            salient_weight=self.salient_weight,
-            salient_index=self.salient_index,
-            salient_basis=self.salient_basis,
-            rotation=self.rotation,
-            bias=self.bias,
-            out_features=self.out_features,
+            salient_weight=held["salient_weight"],
+            salient_index=held["salient_index"],
+            salient_basis=held["salient_basis"],
+            rotation=held["rotation"],
+            bias=bias,
+            out_features=self.held[1],
             bits=fmt.bits,
-            group_size=fmt.group_size_of(self.in_features),
+            group_size=fmt.group_size_of(self.held[0]),
             symmetric=fmt.symmetric,
         )
         return y
@@ -152,8 +165,21 @@ class RosaqLinear(nn.Module):
             self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         self.packed = None
 
+    def hold_shard(self, tensors: dict[str, Tensor], format: LinearFormat, name: str) -> None:
+        """Hold one rank's tensors, cut as `rosaq.sharding` tells, in place of all of them; ValueError as `check`."""
+        out_features, num_words = tensors["qweight"].shape
+        self.held, self.format = (num_words * 32 // format.bits, out_features), format
+        self.tensor_shapes = format.tensor_shapes(*self.held, bias="bias" in tensors)
+        self.packed = None
+        for key in self._parameters:
+            tensor = tensors.get(key)
+            self._parameters[key] = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+        self.check(name)
+        self.pack()
+
     def _packed_tensor(self) -> Tensor:
         qweight, scales = cast(Tensor, self.qweight), cast(Tensor, self.scales)
+        ops.check_device(qweight.device)
         packed: Tensor = ops.prepack(qweight, scales, self.zeros, self.format.bits)
         return packed
 
@@ -252,14 +278,8 @@ class RosaqLinear(nn.Module):
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 num_bad = int((~torch.isfinite(tensor)).sum())
                 raise ValueError(f"{name}.{key}: got {num_bad} NaN or Inf of {tensor.numel()}, need finite numbers")
-        index = self.salient_index
-        if index is not None:
-            low, high, num = int(index.min()), int(index.max()), len(set(index.tolist()))
-            if low < 0 or high >= self.in_features or num != len(index):
-                raise ValueError(
-                    f"{name}.salient_index: got {num} different channels from {low} to {high}, "
-                    f"need {len(index)} in [0, {self.in_features})"
-                )
+        if self.salient_index is not None:
+            check_index(self.salient_index, self.held[0], name)
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:
@@ -286,7 +306,7 @@ class RosaqLinear(nn.Module):
             for name, (shape, dtype) in self.tensor_shapes.items()
             if name != "bias"
         )
-        return 8 * num_bytes / (self.in_features * self.out_features)
+        return 8 * num_bytes / math.prod(self.held)
 
     def extra_repr(self) -> str:
         fmt = self.format
@@ -299,3 +319,13 @@ class RosaqLinear(nn.Module):
         if fmt.rotation_size:
             parts.append(f"rotation={fmt.rotation_blocks}x{fmt.rotation_size}")
         return ", ".join([*parts, f"bias={'bias' in self.tensor_shapes}"])
+
+
+def check_index(index: Tensor, in_features: int, name: str) -> None:
+    """ValueError unless `index` int32 [r] holds different channels of [0, in_features)."""
+    low, high, num = int(index.min()), int(index.max()), len(set(index.tolist()))
+    if low < 0 or high >= in_features or num != len(index):
+        raise ValueError(
+            f"{name}.salient_index: got {num} different channels from {low} to {high}, "
+            f"need {len(index)} in [0, {in_features})"
+        )

@@ -21,7 +21,28 @@ except ImportError as error:
         f"or `pip install -e . --no-build-isolation` to develop. The loader said: {error}"
     ) from error
 
+MIN_CAPABILITY = (8, 0)
+_fused_gemm = torch.ops.rosaq.fused_gemm.default  # looked up once: it is called for every layer of every token
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_device(device: torch.device) -> None:
+    """RuntimeError, with what to do about it, unless this build has kernels for `device` (the CPU always does)."""
+    if device.type == "cpu":
+        return
+    if device.type != "cuda":
+        raise RuntimeError(f"rosaq: device: got {device.type}, need cpu or cuda")
+    if not _C.build_info()["cuda"]:
+        raise RuntimeError(
+            "rosaq: device: got cuda, but rosaq was built without CUDA; with nvcc on this machine, "
+            "ROSAQ_BUILD=cuda pip install --force-reinstall --no-deps ., or load with device_map='cpu'"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        raise RuntimeError(
+            f"rosaq: device: got {torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]}), "
+            "need sm_80 or newer, or device_map='cpu'"
+        )
 
 
 def prepack(qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
@@ -69,7 +90,7 @@ def fused_gemm(
     The result does not depend on the number of threads; few and many tokens take different paths, equal up to rounding.
     A token with an infinite or NaN channel gives NaN. RuntimeError for anything that does not fit.
     """
-    return torch.ops.rosaq.fused_gemm.default(  # type: ignore[no-any-return]
+    return _fused_gemm(  # type: ignore[no-any-return]
         x,
         packed,
         salient_weight,

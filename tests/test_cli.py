@@ -12,7 +12,7 @@ import rosaq.demo
 from rosaq.checkpoint import write_shards
 from rosaq.cli import main
 from rosaq.config import LinearFormat
-from tests.models import save_dense, save_rosaq, tiny_llama
+from tests.models import save_dense, save_rosaq, tiny_llama, vandalise
 
 FAST = ["--group-size", "32", "--num-sequences", "4", "--sequence-length", "32"]
 
@@ -72,6 +72,27 @@ def test_quantize_then_eval_inspect_and_generate(capsys, tmp_path, dense, text, 
     code, stdout, _ = run(capsys, "generate", out, "The", "--max-new-tokens", "3")
     assert code == 0
     assert stdout.startswith("The")
+
+
+def test_verify_tells_sound_from_unsound(capsys, tmp_path, quantised):
+    code, stdout, stderr = run(capsys, "verify", quantised, "--json", tmp_path / "verify.json")
+    assert (code, stdout.rstrip().splitlines()[-1]) == (0, "sound"), stderr
+    assert json.loads((tmp_path / "verify.json").read_text())["result"]["is_sound"]
+    damaged = save_rosaq(tmp_path / "damaged", default=LinearFormat(3, 32, num_salient=4))
+    vandalise(damaged, lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
+    code, stdout, _ = run(capsys, "verify", damaged)
+    assert code == 1
+    assert "model.norm.weight: got NaN or Inf" in " ".join(stdout.split())
+    assert run(capsys, "verify", tmp_path / "none")[0] == 2
+
+
+def test_convert_tells_what_it_did(capsys, tmp_path, quantised):
+    code, stdout, stderr = run(capsys, "convert", quantised, "-o", tmp_path / "dense", "--json", tmp_path / "c.json")
+    assert code == 0, stderr
+    assert "14 linears: rosaq," in stdout
+    assert json.loads((tmp_path / "c.json").read_text())["result"]["target_format"] == "dense"
+    assert run(capsys, "generate", tmp_path / "dense", "The", "--max-new-tokens", "2")[0] == 0
+    assert run(capsys, "convert", quantised, "-o", tmp_path / "dense")[0] == 2
 
 
 def test_sampling_is_repeatable_by_seed(capsys, quantised):

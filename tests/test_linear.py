@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from rosaq.config import LinearFormat, QuantSpec
 from rosaq.layout import pack
 from rosaq.linear import PACKED_NAMES, RosaqLinear
+from rosaq.ops import check_device
 from tests.tolerances import assert_as_good_as
 
 FORMATS = {
@@ -306,3 +308,26 @@ def test_repr_tells_the_format():
     text = repr(RosaqLinear(128, 24, FORMATS["int4-own-rotations-index"], device="meta"))
     for part in ("in_features=128, out_features=24, bits=4", "salient=4 (index)", "rotation=4x32", "bias=False"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("device", "has_cuda", "capability", "message"),
+    [
+        ("mps", False, None, "got mps, need cpu or cuda"),
+        ("cuda", False, None, "built without CUDA; with nvcc on this machine, ROSAQ_BUILD=cuda pip install"),
+        ("cuda", True, (7, 5), r"got Old GPU \(sm_75\), need sm_80 or newer, or device_map='cpu'"),
+    ],
+)
+def test_device_without_kernels_is_refused_with_what_to_do(monkeypatch, device, has_cuda, capability, message):
+    monkeypatch.setattr("rosaq.ops._C", SimpleNamespace(build_info=lambda: {"cuda": has_cuda}))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old GPU")
+    with pytest.raises(RuntimeError, match=message):
+        check_device(torch.device(device))
+
+
+def test_device_with_kernels_is_accepted(monkeypatch):
+    check_device(torch.device("cpu"))
+    monkeypatch.setattr("rosaq.ops._C", SimpleNamespace(build_info=lambda: {"cuda": True}))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    check_device(torch.device("cuda"))

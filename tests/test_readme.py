@@ -6,17 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import rosaq
 from tests.models import save_dense, tiny_llama
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def test_the_readme_has_its_three_examples():
-    assert len(BLOCKS) == 3
+def test_the_readme_has_its_four_examples():
+    assert len(BLOCKS) == 4
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_readme_example_runs(number, tmp_path):
     code = BLOCKS[number]
     if "path/to/model" in code:
@@ -29,4 +30,4 @@ def test_readme_example_runs(number, tmp_path):
         assert torch.isfinite(names["y"]).all()
     else:
         assert (tmp_path / "out" / "config.json").is_file()
-        assert names["result"].bits_per_weight > 3
+        assert rosaq.verify(tmp_path / "out").is_sound

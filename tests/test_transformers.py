@@ -1,21 +1,18 @@
 """transformers: load, run, generate and save rosaq checkpoints; refuse the ones it would only warn about."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from torch._dynamo.testing import CompileCounter
+from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig, pipeline
 
-import rosaq.integrations.autoload as autoload
 from rosaq.checkpoint import total_bytes
 from rosaq.config import LinearFormat
 from rosaq.integrations.transformers import RosaqConfig, RosaqHfQuantizer
 from rosaq.linear import PACKED_NAMES, RosaqLinear
-from tests.models import save_rosaq, tiny_llama, tiny_mistral, vandalise
+from tests.models import save_rosaq, tiny_mistral, vandalise
 from tests.tolerances import assert_as_good_as
 
 FORMATS = {
@@ -117,6 +114,39 @@ def test_memory_footprint_is_that_of_the_file(salient_checkpoint):
     assert model.get_memory_footprint() <= 1.25 * total_bytes(salient_checkpoint)
 
 
+def test_device_map_auto_computes_the_same(salient_checkpoint):
+    whole = AutoModelForCausalLM.from_pretrained(salient_checkpoint, dtype=torch.float32)
+    placed = AutoModelForCausalLM.from_pretrained(salient_checkpoint, dtype=torch.float32, device_map="auto")
+    assert torch.equal(logits_of(placed).cpu(), logits_of(whole))
+
+
+def test_generate_with_a_static_cache(salient_checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(salient_checkpoint, dtype=torch.float32)
+    kwargs = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(INPUT_IDS, **kwargs)
+    # Static caches make transformers compile the decoding step where it can; eager keeps the test short.
+    static = model.generate(INPUT_IDS, cache_implementation="static", disable_compile=True, **kwargs)
+    assert torch.equal(static, want)
+
+
+def test_pipeline_continues_a_text(salient_checkpoint):
+    generator = pipeline("text-generation", model=str(salient_checkpoint))
+    (answer,) = generator("The fox", max_new_tokens=4, do_sample=False)
+    assert answer["generated_text"].startswith("The fox")
+
+
+def test_one_compilation_serves_every_number_of_tokens(salient_checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(salient_checkpoint, dtype=torch.float32)
+    layer = model.model.layers[0].mlp.up_proj
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for m in (2, 3, 17, 300):
+        x = torch.randn(m, 64)
+        assert torch.equal(compiled(x), layer(x))
+    assert counter.frame_count == 1
+
+
 def test_disk_offload_computes_the_same(salient_checkpoint, tmp_path):
     whole = AutoModelForCausalLM.from_pretrained(salient_checkpoint, dtype=torch.float32)
     places = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"], "cpu")
@@ -179,9 +209,31 @@ def test_truncated_checkpoint_is_an_error(salient_checkpoint):
         AutoModelForCausalLM.from_pretrained(salient_checkpoint)
 
 
+def test_pickle_is_never_read(salient_checkpoint):
+    path = salient_checkpoint / "model.safetensors"
+    torch.save(load_file(path), salient_checkpoint / "pytorch_model.bin")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: got a file that is not safetensors"):
+        AutoModelForCausalLM.from_pretrained(salient_checkpoint)
+
+
+def test_index_may_not_leave_the_directory(salient_checkpoint):
+    path = salient_checkpoint / "model.safetensors"
+    outside = path.rename(salient_checkpoint.parent / "outside.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(outside), "../outside.safetensors")}
+    (salient_checkpoint / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}} | index))
+    with pytest.raises(ValueError, match=r"got file .*/../outside.safetensors, need plain file names inside"):
+        AutoModelForCausalLM.from_pretrained(salient_checkpoint)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"version": 2}, "version: got 2"), ({"bits": 5}, "bits: got 5"), ({"colour": 1}, "unknown keys")],
+    [
+        ({"version": 2}, "version: got 2"),
+        ({"bits": 5}, "bits: got 5"),
+        ({"colour": 1}, "unknown keys"),
+        ({"bits": 4}, "got codes of 3 bits, need 4 by config.json"),
+    ],
 )
 def test_foreign_config_is_an_error(salient_checkpoint, changes, message):
     path = salient_checkpoint / "config.json"
@@ -190,13 +242,6 @@ def test_foreign_config_is_an_error(salient_checkpoint, changes, message):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(salient_checkpoint)
-
-
-def test_dense_checkpoint_is_not_quantised_on_the_fly(tmp_path, salient_checkpoint):
-    tiny_llama().save_pretrained(tmp_path / "dense")
-    values = json.loads((salient_checkpoint / "config.json").read_text())["quantization_config"]
-    with pytest.raises(ValueError, match="got a dense checkpoint, need one that rosaq has quantised"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=RosaqConfig(**values))
 
 
 def test_experts_that_stay_dense_are_told(salient_checkpoint):
@@ -208,39 +253,3 @@ def test_experts_that_stay_dense_are_told(salient_checkpoint):
     values = json.loads((salient_checkpoint / "config.json").read_text())["quantization_config"]
     with pytest.warns(UserWarning, match="expert tensors .* stay in 16 bits"):
         RosaqHfQuantizer(RosaqConfig(**values))._process_model_before_weight_loading(model)
-
-
-# --- registration ---------------------------------------------------------------------------------------------------
-
-
-def test_registering_again_is_harmless():
-    autoload.register()
-    autoload.register()
-    assert AUTO_QUANTIZER_MAPPING["rosaq"] is RosaqHfQuantizer
-
-
-ORDERS = {
-    "rosaq first": "import rosaq; import transformers",
-    "transformers first": "import transformers; transformers.AutoModelForCausalLM; import rosaq",
-    "rosaq twice": "import rosaq, importlib; importlib.reload(rosaq); import transformers",
-}
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_any_import_order_registers_once(order):
-    code = f"""{ORDERS[order]}
-import sys
-assert 'rosaq.pipeline' not in sys.modules
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as mapping
-assert mapping['rosaq'].__name__ == 'RosaqHfQuantizer', mapping
-import transformers.quantizers.auto as auto
-assert 'autoload' not in type(auto.__loader__).__module__, auto.__loader__
-assert not any('rosaq' in type(finder).__module__ for finder in sys.meta_path)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_import_rosaq_is_light():
-    code = "import rosaq, sys; print(*sorted({m.split('.')[0] for m in sys.modules}))"
-    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    assert not {"transformers", "tokenizers", "typer", "rich", "safetensors"} & set(loaded)

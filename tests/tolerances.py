@@ -11,6 +11,8 @@ from torch import Tensor
 
 FACTOR = 2.0
 # Never below a few units in the last place: plain PyTorch is sometimes exact by luck, with one token above all.
+# Two engines, float32, the same kernel: attention and norms are summed in another order.
+LOGPROB = 1e-3
 FLOORS = {torch.float32: 2.0**-20, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 

@@ -5,20 +5,27 @@ damaged, missing or outside the directory are refused with the file's name and t
 ever unpickled.
 """
 
+from rosaq.checkpoint.hashes import HASHES_FILE, file_hash, read_hashes, write_hashes
 from rosaq.checkpoint.measure import bits_per_weight, linear_bytes, linear_sizes, read_config, total_bytes
+from rosaq.checkpoint.new_directory import new_directory
 from rosaq.checkpoint.reader import INDEX_FILE, SINGLE_FILE, WeightReader, read_header, read_json
 from rosaq.checkpoint.writer import write_shards
 
 __all__ = [
+    "HASHES_FILE",
     "INDEX_FILE",
     "SINGLE_FILE",
     "WeightReader",
     "bits_per_weight",
+    "file_hash",
     "linear_bytes",
     "linear_sizes",
+    "new_directory",
     "read_config",
+    "read_hashes",
     "read_header",
     "read_json",
     "total_bytes",
+    "write_hashes",
     "write_shards",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rosaq.checkpoint.reader import WeightReader, read_json
-from rosaq.config import CheckpointConfig
+from rosaq.config import SUPPORTED_BITS, CheckpointConfig, LinearFormat
 
 
 def read_config(directory: str | Path) -> CheckpointConfig:
@@ -38,6 +38,8 @@ def linear_sizes(config: CheckpointConfig, reader: WeightReader) -> dict[str, tu
         fmt = config.format_of(module)
         n, num_words = reader.shape(f"{module}.qweight")
         k = num_words * 32 // fmt.bits
+        if fmt.group_size != -1 and f"{module}.scales" in reader:
+            _check_bits_held(module, fmt, num_words, reader.shape(f"{module}.scales")[-1])
         fmt.check_sizes(k, n, module)
         shapes = fmt.tensor_shapes(k, n, bias="bias" in keys)
         for key in sorted({*keys, *shapes}):
@@ -47,6 +49,16 @@ def linear_sizes(config: CheckpointConfig, reader: WeightReader) -> dict[str, tu
                 raise ValueError(f"{module}.{key}: got {_told(got)}, need {_told(need)}")
         sizes[module] = (n, k)
     return sizes
+
+
+def _check_bits_held(module: str, fmt: LinearFormat, num_words: int, groups: int) -> None:
+    """Say it plainly where the codes are of another width than config.json claims."""
+    for bits in SUPPORTED_BITS:
+        if bits != fmt.bits and groups * fmt.group_size * bits == 32 * num_words:
+            raise ValueError(
+                f"{module}.qweight: got codes of {bits} bits, need {fmt.bits} by config.json; "
+                "config.json and the weights are not of one checkpoint: fetch both again"
+            )
 
 
 def _told(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:

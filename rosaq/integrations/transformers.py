@@ -1,4 +1,4 @@
-"""transformers: `AutoModelForCausalLM.from_pretrained(DIR)` and `save_pretrained(DIR)` of rosaq checkpoints.
+"""transformers: `from_pretrained(DIR)`, `save_pretrained(DIR)`, round to nearest on the fly, tensor parallelism.
 
 transformers only warns about tensors that are missing, and then runs on random numbers; here that is an error.
 """
@@ -6,74 +6,156 @@ transformers only warns about tensors that are missing, and then runs on random 
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rosaq.checkpoint import INDEX_FILE, SINGLE_FILE, WeightReader, linear_sizes
-from rosaq.config import QUANT_METHOD, CheckpointConfig
+from rosaq.config import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig
+from rosaq.integrations.transformers_rounding import RoundToNearest, check_roundable
 from rosaq.linear import RosaqLinear
 
 
 class RosaqConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json; its attributes are exactly the keys of `CheckpointConfig.to_dict()`.
 
-    ValueError for another method, a newer version or an unknown key.
+    `from_pretrained(DENSE, quantization_config=RosaqConfig(bits=4, group_size=64))` rounds a dense checkpoint to
+    nearest while it is loaded: no calibration, so no rotation and no salient directions. `modules_to_not_convert`
+    None leaves the head and what is tied to it. ValueError for another method, a newer version or an unknown key.
     """
 
-    def __init__(self, **values: Any) -> None:
-        self.__dict__.update(CheckpointConfig.from_dict(values).to_dict())
+    def __init__(
+        self,
+        bits: int = 4,
+        group_size: int = 128,
+        sym: bool = False,
+        modules_to_not_convert: list[str] | None = None,
+        **values: Any,
+    ) -> None:
+        given = {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION, "recipe": "rtn"} | values
+        given |= {"bits": bits, "group_size": group_size, "sym": sym}
+        given["modules_to_not_convert"] = modules_to_not_convert or ()
+        self.modules_to_not_convert = modules_to_not_convert
+        self.__dict__ |= CheckpointConfig.from_dict(given).to_dict()
+        if modules_to_not_convert is None:
+            self.modules_to_not_convert = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read config.json's form: nothing of it is filled in, since that would guess at what the tensors mean."""
+        config = cls(**CheckpointConfig.from_dict(config_dict).to_dict())
+        return (config, kwargs) if return_unused_kwargs else config
 
 
 class RosaqHfQuantizer(HfQuantizer):
     """Puts RosaqLinear where the checkpoint has quantised linears, and checks and packs them after loading."""
 
-    requires_calibration = True
+    requires_calibration = False
+    quantization_config: RosaqConfig
 
     def __init__(self, quantization_config: RosaqConfig, **kwargs: Any) -> None:
-        if not kwargs.get("pre_quantized", True):
-            raise ValueError(
-                "quantization_config: got a dense checkpoint, need one that rosaq has quantised; "
-                "run `rosaq quantize MODEL -o OUT`, then load OUT"
-            )
         super().__init__(quantization_config, **kwargs)
+        self._rounded: set[str] = set()  # linears of a dense checkpoint, rounded as they are read
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        del args, kwargs
+        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map} - {None, "auto"}
+        if "disk" in places and not self.pre_quantized:
+            raise ValueError(
+                "device_map: got 'disk' for a dense checkpoint, need memory for what is quantised while loading; "
+                "run `rosaq quantize MODEL -o OUT`, then offload OUT"
+            )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        config = CheckpointConfig.from_dict(self.quantization_config.to_dict())
-        check_files(kwargs.get("checkpoint_files"), config)
+        if self.quantization_config.modules_to_not_convert is None:
+            self.quantization_config.modules_to_not_convert = sorted(get_keys_to_not_convert(model))
+        config = self._config()
+        if self.pre_quantized:
+            check_files(kwargs.get("checkpoint_files"), config)
+        else:
+            check_roundable(config)
         skip = [*config.modules_to_not_convert, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
         for name, module in list(model.named_modules()):
             if type(module) is not nn.Linear or not should_convert_module(name, skip):
                 continue
             fmt, bias = config.format_of(name), module.bias is not None
             fmt.check_sizes(module.in_features, module.out_features, name)
-            swapped = RosaqLinear(module.in_features, module.out_features, fmt, bias=bias, device="meta")
-            model.set_submodule(name, swapped)
+            if self.pre_quantized:
+                swapped = RosaqLinear(module.in_features, module.out_features, fmt, bias=bias, device="meta")
+                model.set_submodule(name, swapped)
+            else:
+                self._rounded.add(name)
         warn_of_dense_experts(model)
         return model
+
+    def _config(self) -> CheckpointConfig:
+        return CheckpointConfig.from_dict(self.quantization_config.to_dict())
+
+    # --- a dense checkpoint, rounded to nearest as its tensors come ------------------------------------------------
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        del model, kwargs
+        module, _, tensor = param_name.rpartition(".")
+        return tensor == "weight" and module in self._rounded
+
+    def get_quantize_ops(self) -> RoundToNearest:
+        return RoundToNearest(self._config())
+
+    @property
+    def quantized_element_size(self) -> float:
+        return self._config().default.bits / 8 + 2 / 32  # bytes, for the planning of device_map="auto"
+
+    # --- after loading ----------------------------------------------------------------------------------------------
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        if has_parallel_styles():
+            from rosaq.integrations.transformers_parallel import register_styles, update_plan
+
+            register_styles()
+            update_plan(model, plan)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         del kwargs
         for name, module in model.named_modules():
             if not isinstance(module, RosaqLinear) or module.is_offloaded:
                 continue
-            for key, tensor in module.named_parameters(recurse=False):
-                if hasattr(tensor, "_local_tensor"):
-                    raise NotImplementedError(f"{name}.{key}: got a tensor-parallel shard, need a model on one device")
-                # transformers marks what it has loaded; what it has made up itself lacks the mark.
-                if not getattr(tensor, "_is_hf_initialized", False):
-                    raise ValueError(f"{name}.{key}: got no such tensor in the checkpoint, need it")
+            if self.pre_quantized:
+                check_loaded(name, module)
+            elif module.bias is not None:
+                module.bias.data = module.bias.data.to(torch.float16)
+            if any(hasattr(tensor, "_local_tensor") for tensor in module.parameters(recurse=False)):
+                if not has_parallel_styles():
+                    raise NotImplementedError(
+                        f"{name}: tensor parallelism: got transformers {transformers.__version__}, need one "
+                        "with transformers.distributed.parallel_utils (5.23 is tested)"
+                    )
+                from rosaq.integrations.transformers_parallel import keep_local_tensors
+
+                keep_local_tensors(name, module)
             module.check(name)
             module.pack()
+        missing = [name for name in self._rounded if not isinstance(model.get_submodule(name), RosaqLinear)]
+        if missing:
+            raise ValueError(f"{missing[0]}.weight: got no such tensor in the checkpoint, need it")
         # The ops have no gradient: one that skips every quantised layer is worse than none.
         model.requires_grad_(False)
         return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        if any(isinstance(module, RosaqLinear) and module.piece is not None for module in model.modules()):
+            raise ValueError(
+                "save_pretrained: got a model cut between ranks, need one on a single device "
+                "(the checkpoint it was loaded from holds the same)"
+            )
+        return None, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, module in list(model.named_modules()):
@@ -93,14 +175,35 @@ class RosaqHfQuantizer(HfQuantizer):
         return True
 
 
-def check_files(checkpoint_files: list[str] | None, config: CheckpointConfig) -> None:
-    """ValueError, naming the tensor, if the files do not hold what `config` says; reads headers only.
+def check_loaded(name: str, module: RosaqLinear) -> None:
+    """ValueError naming the tensor if transformers made one up: it marks what it has loaded, and only that."""
+    for key, tensor in module.named_parameters(recurse=False):
+        if not getattr(tensor, "_is_hf_initialized", False):
+            raise ValueError(f"{name}.{key}: got no such tensor in the checkpoint, need it")
 
-    transformers drops tensors it has no place for (zeros where the config says symmetric) with a warning.
+
+def has_parallel_styles() -> bool:
+    """True where this torch and this transformers have what `transformers_parallel` extends."""
+    return torch.distributed.is_available() and find_spec("transformers.distributed.parallel_utils") is not None
+
+
+def check_files(checkpoint_files: list[str] | None, config: CheckpointConfig) -> None:
+    """ValueError, naming the file or the tensor, if the files do not hold what `config` says; reads headers only.
+
+    transformers drops tensors it has no place for (zeros where the config says symmetric) with a warning, and takes
+    pickles where there is nothing else.
     """
-    directory = Path(checkpoint_files[0]).parent if checkpoint_files else None
+    if not checkpoint_files:
+        return
+    pickles = [path for path in checkpoint_files if not path.endswith(".safetensors")]
+    if pickles:
+        raise ValueError(f"{pickles[0]}: got a file that is not safetensors, need safetensors: nothing is unpickled")
+    directory = Path(checkpoint_files[0]).parent
+    outside = [path for path in checkpoint_files if ".." in Path(path).parts or Path(path).parent != directory]
+    if outside:
+        raise ValueError(f"{INDEX_FILE}: got file {outside[0]}, need plain file names inside one directory")
     # Files under other names (a `variant`) are left to transformers and to the checks after loading.
-    if directory and any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+    if any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
         linear_sizes(config, WeightReader(directory))
 
 
@@ -129,6 +232,12 @@ def warn_of_dense_experts(model: nn.Module) -> None:
 
 
 def register() -> None:
-    """Add rosaq to transformers' tables; repeated calls and re-imports leave one entry, the newest."""
+    """Add rosaq to transformers' tables; repeated calls and re-imports leave one entry, the newest.
+
+    Called by the entry point's stand-in (`_rosaq_autoload`) and when this module is imported for `RosaqConfig`.
+    """
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = RosaqConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = RosaqHfQuantizer
+
+
+register()

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rosaq.checkpoint import write_shards
+from rosaq.checkpoint import write_hashes, write_shards
 from rosaq.config import CheckpointConfig, LinearFormat, Recipe
 from rosaq.pipeline.block import LinearReport, formats
 from rosaq.pipeline.rotations import Rotations
 from rosaq.pipeline.source import DenseModel
 from rosaq.pipeline.workspace import Workspace, block_name
 from rosaq.rotation import rotate_rows
+from rosaq.sharding import Cut, allowed_sizes
 
 LAYERS_FILE = "rosaq_layers.json"
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
@@ -49,6 +50,7 @@ def write_checkpoint(
         "layers": [report.to_dict() for report in reports],
     }
     _write_json(final / LAYERS_FILE, layers)
+    write_hashes(final)
 
 
 def _tensors(model: DenseModel, recipe: Recipe, rotations: Rotations, work: Workspace) -> Iterator[tuple[str, Tensor]]:
@@ -86,8 +88,21 @@ def _config(model: DenseModel, recipe: Recipe, rotations: Rotations) -> dict[str
     fmts = formats(recipe, model.blocks.family, rotations.of_block(0))
     default = _most_common(fmts)
     overrides = {name: fmt for name, fmt in fmts.items() if fmt != default}
-    quantization = CheckpointConfig(default, overrides, (model.blocks.family.head,), recipe.name)
+    quantization = CheckpointConfig(
+        default, overrides, (model.blocks.family.head,), recipe.name, tp_sizes=_tp_sizes(model, fmts)
+    )
     return config | {"quantization_config": quantization.to_dict()}
+
+
+def _tp_sizes(model: DenseModel, fmts: dict[str, LinearFormat]) -> tuple[int, ...]:
+    """The numbers of ranks every linear can be cut between: along its outputs where it reads the residual stream."""
+    family = model.blocks.family
+    linears: list[tuple[LinearFormat, int, int, Cut]] = []
+    for site in family.sites:
+        for linear in site.linears:
+            n, k = model.reader.shape(f"{family.block_prefix(0)}{linear}.weight")
+            linears.append((fmts[linear], k, n, "out" if site.reads == "residual" else "in"))
+    return allowed_sizes(linears)
 
 
 def _most_common(fmts: dict[str, LinearFormat]) -> LinearFormat:

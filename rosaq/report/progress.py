@@ -54,15 +54,15 @@ def quantize_progress() -> Iterator[Callable[[ProgressEvent], None]]:
 
 
 @contextmanager
-def eval_progress() -> Iterator[Callable[[int, int], None]]:
-    """A callback for `rosaq.evaluate`: windows done, of how many."""
+def count_progress(name: str, note: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback (done, total) for `rosaq.evaluate`, `rosaq.verify` and `rosaq.convert`."""
     with _bar() as progress:
         tasks: list[TaskID] = []
 
         def show(done: int, total: int) -> None:
             # Not before: a bar above an error message would say that work had begun.
             if not tasks:
-                tasks.append(progress.add_task("evaluating", note="windows"))
+                tasks.append(progress.add_task(name, note=note))
             progress.update(tasks[0], completed=done, total=total)
 
         yield show

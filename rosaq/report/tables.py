@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from rosaq.config import CheckpointConfig, LinearFormat
@@ -83,6 +84,7 @@ def config_table(config: CheckpointConfig, bits_per_weight: float, total_bytes: 
     table.add_row("default", describe_format(config.default))
     for name, fmt in sorted(config.modules.items()):
         table.add_row(name, describe_format(fmt))
+    table.add_row("tensor parallel sizes", ", ".join(map(str, config.tp_sizes)) or "not recorded")
     table.add_row("not converted", ", ".join(config.modules_to_not_convert) or "-")
     table.add_row("bits/weight of linears", f"{bits_per_weight:.3f}")
     table.add_row("all tensors", format_bytes(total_bytes))
@@ -137,4 +139,14 @@ def quantize_table(result: Mapping[str, Any]) -> Table:
         table.add_row("worst layer", f"{worst['name']}, SQNR {worst['sqnr_db']:.1f} dB")
     table.add_row("peak memory", format_bytes(result["peak_memory_bytes"]))
     table.add_row("time", f"{result['seconds']:.0f} s")
+    return table
+
+
+def verify_table(checks: Iterable[Mapping[str, str]]) -> Table:
+    """One row per check of `rosaq.verify`: `Check._asdict()`."""
+    table = _rows()
+    for column in ("check", "", "what was found"):
+        table.add_column(column, overflow="fold")
+    for check in checks:
+        table.add_row(check["name"], check["status"], escape(check["detail"]))
     return table

@@ -1,0 +1,66 @@
+"""The checks that read tensors: one linear at a time, so that a model need not fit into memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rosaq.checkpoint import WeightReader
+from rosaq.config import LinearFormat
+from rosaq.layout import unpack
+from rosaq.linear import RosaqLinear
+from rosaq.reference import fused_gemm
+
+# A rotation is stored in float16: a row of b entries is off by about b roundings of 2**-11 / sqrt(b).
+ORTHOGONAL = 2.0**-7
+# float32 activations in, float32 out: measured below 2**-18 on every kernel; a wrong one is off by a whole digit.
+SAME_RESULT = 2.0**-12
+TOKENS = 3
+
+
+def read_linear(reader: WeightReader, name: str, fmt: LinearFormat, size: tuple[int, int]) -> dict[str, Tensor]:
+    """The tensors of the linear `name` of size (n, k), without a bias."""
+    n, k = size
+    return {key: reader.get(f"{name}.{key}") for key in fmt.tensor_shapes(k, n)}
+
+
+def value_problem(tensors: dict[str, Tensor], fmt: LinearFormat, in_features: int) -> str | None:
+    """What is wrong with the numbers in `tensors`, which have the right shapes; None where nothing is."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return f"{key}: got {int((~torch.isfinite(tensor)).sum())} NaN or Inf, need finite numbers"
+    if (tensors["scales"] < 0).any():
+        return f"scales: got {float(tensors['scales'].min())}, need no negative step"
+    if "rotation" in tensors:
+        rotation = tensors["rotation"].double()
+        worst = float((rotation @ rotation.mT - torch.eye(fmt.rotation_size, dtype=torch.float64)).abs().max())
+        if worst > ORTHOGONAL:
+            return f"rotation: got R Rᵀ off the identity by {worst:.2g}, need at most {ORTHOGONAL:.2g}"
+    if "salient_index" in tensors:
+        return _index_problem(tensors, fmt, in_features)
+    return None
+
+
+def _index_problem(tensors: dict[str, Tensor], fmt: LinearFormat, k: int) -> str | None:
+    index = tensors["salient_index"].long()
+    if int(index.min()) < 0 or int(index.max()) >= k or len(set(index.tolist())) != len(index):
+        return f"salient_index: got {int(index.min())} to {int(index.max())}, need {len(index)} different of [0, {k})"
+    codes = unpack(tensors["qweight"], fmt.bits)[:, index].int()
+    if "zeros" in tensors:
+        zeros = tensors["zeros"][:, index // fmt.group_size_of(k)].int()
+    else:
+        zeros = torch.full_like(codes, 2 ** (fmt.bits - 1))
+    num_bad = int((codes != zeros).any(0).sum())
+    if num_bad:
+        return f"qweight: got {num_bad} salient columns whose codes are not 0, need 0: salient_weight holds them whole"
+    return None
+
+
+def result_error(tensors: dict[str, Tensor], fmt: LinearFormat, in_features: int, name: str) -> float:
+    """How far the active kernel is from the float64 reference, relative to the largest result."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(TOKENS, in_features, generator=generator)
+    got = RosaqLinear.from_tensors(tensors, fmt, name=name)(x).double()
+    rest = {key: tensor for key, tensor in tensors.items() if key not in ("qweight", "scales", "zeros")}
+    want = fused_gemm(x, tensors["qweight"], tensors["scales"], tensors.get("zeros"), fmt.bits, **rest)
+    return float((got - want).abs().max() / want.abs().max().clamp_min(torch.finfo(torch.float64).tiny))

@@ -1,0 +1,135 @@
+"""rosaq verify: a sound checkpoint passes every check, and each kind of damage fails the one that is for it."""
+
+import json
+import re
+
+import pytest
+import torch
+
+import rosaq
+from rosaq.checkpoint import HASHES_FILE, write_hashes
+from rosaq.config import LinearFormat
+from rosaq.verification import verify
+from tests.models import SMALL, save_dense, save_rosaq, vandalise
+
+ROTATED = LinearFormat(4, 32, num_salient=3, salient="basis", rotation_blocks=1, rotation_size=32)
+Q_PROJ = "model.layers.1.self_attn.q_proj"
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture(name="checkpoint")
+def _checkpoint(tmp_path):
+    return save_rosaq(
+        tmp_path / "model", default=LinearFormat(3, 32, num_salient=4), modules={"mlp.down_proj": ROTATED}
+    )
+
+
+def failures(directory, **options):
+    """{check: detail} of what failed."""
+    return {check.name: check.detail for check in verify(directory, **options).checks if check.status == "failed"}
+
+
+def change_config(directory, change):
+    path = directory / "config.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def test_sound_checkpoint_passes(checkpoint):
+    verdict = verify(checkpoint, sample=14)
+    status = {check.name: check.status for check in verdict.checks}
+    assert verdict.is_sound
+    assert status.pop("hashes") == "unknown"
+    assert set(status.values()) == {"ok"}
+    assert set(status) == {"config", "files", "tensors", "model", "tensor parallel", "numbers", "results"}
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "rosaq", "rosaq-gptq"])
+def test_what_rosaq_writes_is_sound_and_hashed(tmp_path, recipe):
+    rosaq.quantize(save_dense(tmp_path / "dense"), tmp_path / "out", recipe=recipe, bits=3, **SMALL)
+    verdict = verify(tmp_path / "out", sample=14)
+    assert {check.status for check in verdict.checks} == {"ok"}, verdict.checks
+    assert rosaq.read_config(tmp_path / "out").tp_sizes == (1, 2)
+
+
+def test_progress_and_json(checkpoint):
+    seen = []
+    verdict = verify(checkpoint, sample=0, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (14, 14)
+    assert json.loads(json.dumps(verdict.to_dict()))["is_sound"]
+    assert "results" not in {check.name for check in verdict.checks}
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "detail"),
+    [
+        (lambda t: t[f"{Q_PROJ}.scales"].fill_(torch.nan), "numbers", "q_proj.scales: got 128 NaN or Inf"),
+        (lambda t: t[f"{Q_PROJ}.scales"].neg_(), "numbers", "scales: got -.* need no negative step"),
+        (lambda t: t[f"{Q_PROJ}.salient_index"].fill_(3), "numbers", "salient_index: got 3 to 3, need 4 different"),
+        (lambda t: t[f"{Q_PROJ}.zeros"].add_(1), "numbers", "got 4 salient columns whose codes are not 0"),
+        (lambda t: t[f"{DOWN}.rotation"].mul_(1.1), "numbers", "rotation: got R Rᵀ off the identity by 0.21"),
+        (lambda t: t["model.norm.weight"].fill_(torch.inf), "numbers", "model.norm.weight: got NaN or Inf"),
+        (lambda t: t.pop("model.norm.weight"), "model", "model.norm.weight: got no such tensor, need it"),
+        (lambda t: t.update(extra=torch.zeros(1)), "model", "extra: got a tensor the model has no place for"),
+        (lambda t: t.pop(f"{Q_PROJ}.scales"), "tensors", "q_proj.scales: got no such tensor"),
+    ],
+)
+def test_damaged_tensors_fail(checkpoint, change, check, detail):
+    vandalise(checkpoint, change)
+    found = failures(checkpoint)
+    assert list(found) == [check]
+    assert re.search(detail, found[check]), found
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "detail"),
+    [
+        (lambda v: v["quantization_config"].update(version=2), "config", "version: got 2"),
+        (lambda v: v["quantization_config"].update(bits=4), "tensors", "got codes of 3 bits, need 4 by config.json"),
+        (
+            lambda v: v["quantization_config"].update(tp_sizes=[1, 2, 4]),
+            "tensor parallel",
+            "[1, 2, 4], need [1, 2]",
+        ),
+        (lambda v: v.update(hidden_size=128), "model", "got [64, 64], need [64, 128]"),
+        (lambda v: v.update(num_hidden_layers=3), "model", "model.layers.2"),
+        (lambda v: v.pop("model_type"), "model", "got no model_type"),
+        (lambda v: v.update(model_type="none"), "model", "none"),
+    ],
+)
+def test_config_that_claims_something_else_fails(checkpoint, change, check, detail):
+    change_config(checkpoint, change)
+    found = failures(checkpoint)
+    assert check in found
+    assert detail in found[check], found
+
+
+def test_files_that_changed_since_they_were_hashed_fail(checkpoint):
+    write_hashes(checkpoint)
+    assert verify(checkpoint).is_sound
+    vandalise(checkpoint, lambda tensors: tensors["model.norm.weight"].mul_(2))
+    assert "model.safetensors: got other bytes" in failures(checkpoint)["hashes"]
+    (checkpoint / HASHES_FILE).write_text("../x\n")
+    assert "line 1: got '../x', need a SHA-256" in failures(checkpoint)["hashes"]
+
+
+def test_truncated_and_pickled_files_fail(checkpoint):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    assert "bytes, need" in failures(checkpoint)["tensors"]
+    path.rename(checkpoint / "pytorch_model.bin")
+    assert "only pickled weights" in failures(checkpoint)["tensors"]
+
+
+def test_wrong_kernel_results_fail(checkpoint, monkeypatch):
+    forward = rosaq.RosaqLinear.forward
+    monkeypatch.setattr(rosaq.RosaqLinear, "forward", lambda self, x: forward(self, x) * 1.001)
+    assert "worst relative error 1.0e-03" in failures(checkpoint)["results"]
+
+
+def test_bad_requests_are_refused(tmp_path, checkpoint):
+    with pytest.raises(FileNotFoundError, match="need a checkpoint directory"):
+        verify(tmp_path / "none")
+    with pytest.raises(ValueError, match="sample: got -1"):
+        verify(checkpoint, sample=-1)

@@ -1,0 +1,152 @@
+"""The engine-side linear: fused parts in one launch where they agree, cut for any rank, without any engine."""
+
+import pytest
+import torch
+
+from rosaq.config import LinearFormat
+from rosaq.integrations.vllm_linear import FusedLinear, Part
+from rosaq.reference import fused_gemm
+from tests.models import random_linear
+from tests.tolerances import assert_close_in
+
+K = 128
+ROWS = {"q": 64, "k": 32, "v": 32}
+INDEX = LinearFormat(3, 32, num_salient=4)
+ROTATED = LinearFormat(4, 32, num_salient=3, salient="basis", rotation_blocks=1, rotation_size=32)
+
+
+def linears(formats, *, shared=True):
+    """Disk tensors of q, k and v; with `shared`, one salient set and one rotation for all."""
+    made = {q: random_linear(fmt, ROWS[q], K, seed) for seed, (q, fmt) in enumerate(formats.items())}
+    if shared:
+        for tensors in made.values():
+            tensors |= {key: t for key, t in made["q"].items() if key in tensors and key.endswith(("index", "basis"))}
+            tensors |= {key: t for key, t in made["q"].items() if key in tensors and key == "rotation"}
+    return made
+
+
+def reference(tensors, fmt, x, bias=None):
+    tensors = dict(tensors)
+    codes = (tensors.pop("qweight"), tensors.pop("scales"), tensors.pop("zeros", None))
+    return fused_gemm(x, *codes, fmt.bits, bias=bias, **tensors)
+
+
+def load(made, formats, rank=0, num_ranks=1, replicas=1):
+    """The fused layer of one rank; k and v heads are held by `replicas` ranks each."""
+    held = {q: ROWS[q] // num_ranks * (1 if q == "q" else replicas) for q in made}
+    parts = [Part(f"attn.{q}_proj", formats[q], held[q]) for q in made]
+    fused = FusedLinear(parts, in_features=K, held_in_features=K, rank=rank, num_ranks=num_ranks)
+    for q, tensors in made.items():
+        for key, tensor in tensors.items():
+            fused.load(key, tensor, q, torch.device("cpu"))
+    fused.pack()
+    return fused
+
+
+@pytest.mark.parametrize("fmt", [INDEX, ROTATED, LinearFormat(4, -1, symmetric=True)])
+@pytest.mark.parametrize(("num_ranks", "replicas"), [(1, 1), (2, 1), (4, 2)])
+def test_fused_parts_that_share_everything_are_one_launch(fmt, num_ranks, replicas):
+    formats = dict.fromkeys(ROWS, fmt)
+    made, x, bias = linears(formats), torch.randn(5, K), torch.randn(128)
+    for rank in range(num_ranks):
+        fused = load(made, formats, rank, num_ranks, replicas)
+        assert len(fused.launches) == 1
+        want = []
+        for q, tensors in made.items():
+            y = reference(tensors, fmt, x)
+            pieces = num_ranks // (1 if q == "q" else replicas)
+            want.append(y.chunk(pieces, 1)[rank * pieces // num_ranks])
+        want = torch.cat(want, 1)
+        b = bias[: want.shape[1]].clone()
+        assert_close_in(fused(x, b), want + b, torch.float32)
+        assert_close_in(fused(x, None), want, torch.float32)
+
+
+MIXED = {
+    "other bits": ({"q": INDEX, "k": INDEX, "v": LinearFormat(4, 32, num_salient=4)}, True, 2),
+    "other group size": ({"q": INDEX, "k": LinearFormat(3, 64, num_salient=4), "v": INDEX}, True, 3),
+    "other salient channels": (dict.fromkeys(ROWS, INDEX), False, 3),
+    "other rotation": (dict.fromkeys(ROWS, ROTATED), False, 3),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_parts_that_differ_are_launched_apart_and_are_right(case):
+    formats, shared, num_launches = MIXED[case]
+    made, x, bias = linears(formats, shared=shared), torch.randn(3, K), torch.randn(128)
+    fused = load(made, formats)
+    assert len(fused.launches) == num_launches
+    want = torch.cat([reference(tensors, formats[q], x) for q, tensors in made.items()], 1)
+    assert_close_in(fused(x, bias), want + bias, torch.float32)
+
+
+@pytest.mark.parametrize("fmt", [INDEX, ROTATED])
+def test_ranks_of_a_row_parallel_layer_add_up(fmt):
+    tensors, x = random_linear(fmt, 64, K, seed=3), torch.randn(4, K)
+    parts = []
+    for rank in range(2):
+        part = Part("o_proj", fmt, 64)
+        fused = FusedLinear([part], in_features=K, held_in_features=K // 2, rank=rank, num_ranks=2)
+        for key, tensor in tensors.items():
+            fused.load(key, tensor, None, torch.device("cpu"))
+        fused.pack()
+        parts.append(fused(x.chunk(2, 1)[rank].contiguous(), None))
+    assert_close_in(sum(parts), reference(tensors, fmt, x), torch.float32)
+
+
+def test_weights_fused_on_disk_are_cut_part_by_part():
+    fmt, x = INDEX, torch.randn(3, K)
+    whole = random_linear(fmt, 128, K, seed=5)
+    y = reference(whole, fmt, x)
+    for rank in range(2):
+        parts = [Part("gate_proj", fmt, 32), Part("up_proj", fmt, 32)]
+        fused = FusedLinear(parts, in_features=K, held_in_features=K, rank=rank, num_ranks=2)
+        for key, tensor in whole.items():
+            fused.load(key, tensor, None, torch.device("cpu"))
+        fused.pack()
+        want = torch.cat([half.chunk(2, 1)[rank] for half in y.chunk(2, 1)], 1)
+        assert_close_in(fused(x, None), want, torch.float32)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_missing_tensor_is_named():
+    formats = dict.fromkeys(ROWS, INDEX)
+    made = linears(formats)
+    del made["k"]["scales"]
+    with pytest.raises(ValueError, match=r"attn.k_proj.scales: got no such tensor in the checkpoint"):
+        load(made, formats)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("zeros", torch.zeros(64, 4, dtype=torch.int8), "zeros: got int8"),
+        ("scales", torch.full((64, 4), torch.nan).half(), "scales: got 256 NaN or Inf"),
+        ("scales", torch.ones(64, 2).half(), r"scales: got float16 \[64, 2\], need float16 \[64, 4\]"),
+        ("salient_index", torch.tensor([0, 1, 2, K], dtype=torch.int32), "salient_index: got 4 different channels"),
+        ("rotation", torch.eye(32).half()[None], "rotation: got .* need no such tensor by config.json"),
+    ],
+)
+def test_unsound_tensor_is_named(key, value, message):
+    formats = {"q": INDEX}
+    made = linears(formats)
+    made["q"][key] = value
+    with pytest.raises(ValueError, match=f"attn.q_proj.{message}"):
+        load(made, formats)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "allowed", "message"),
+    [
+        (3, (1, 2), r"o_proj: tensor parallel size: got 3, need one of \[1, 2\]"),
+        (4, (), r"o_proj: tensor parallel size: got 4, need one of \[1, 2\]: in_features 128 .* group size 64"),
+    ],
+)
+def test_numbers_of_ranks_that_do_not_divide_are_refused(num_ranks, allowed, message):
+    part = Part("o_proj", LinearFormat(3, 64), 64)
+    with pytest.raises(ValueError, match=message):
+        FusedLinear(
+            [part], in_features=K, held_in_features=K // num_ranks, rank=0, num_ranks=num_ranks, allowed=allowed
+        )
