@@ -12,6 +12,14 @@ namespace rosaq::cuda {
 constexpr int kMaxTokens = 64;    // of one launch: eight MMA tiles of 8 tokens
 constexpr int kSalientCols = 32;  // salient directions of one K-tile
 
+// Rotations that a block can apply to its own slice of x: one shared matrix of 32, 64 or 128.
+constexpr int kSmallestSlice = 32, kLargestSlice = 128;
+
+// Shared memory of a rotated slice and of the matrix, beside the ring.
+constexpr int64_t slice_rotation_bytes(int64_t size, int64_t tokens) {
+    return tokens * kBlockK * 2 + size * size * 2;
+}
+
 // Words of the per-stream counters. All are zero between launches but the generation, which only ever grows.
 constexpr int kBarrierCount = 0, kBarrierGeneration = 1, kFirstTileCounter = 4;
 
@@ -43,8 +51,9 @@ struct GemmParams {
     Buffer salient_basis;          // [k, r]
     int rotation_size;             // b, 0 for none
     int rotation_blocks;
-    Buffer rotation;  // [B, b, b]
-    Buffer bias;      // [n]
+    Buffer rotation;      // [B, b, b]
+    bool rotates_slices;  // each block rotates what it multiplies; otherwise t is made first, by all blocks
+    Buffer bias;          // [n]
 
     Schedule schedule;
     void* t;          // [m, k] T: x rotated; null without a rotation

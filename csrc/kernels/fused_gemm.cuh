@@ -11,6 +11,7 @@
 #include "../device/load.cuh"
 #include "../device/multiply.cuh"
 #include "../device/rotate.cuh"
+#include "../device/slice.cuh"
 
 namespace rosaq::cuda {
 
@@ -30,7 +31,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) fused_gemm_kernel(const Gem
 
     GridBarrier grid(p.counters, schedule.grid);
     auto* s_sums = reinterpret_cast<float*>(x_stage<Tile>(smem, 0));  // free until x is fetched
-    if (p.rotation_size != 0) {
+    const SliceRotation<Tile> slice(p, smem);
+    if (p.rotates_slices) {
+        slice.load(p);
+    } else if (p.rotation_size != 0) {
         rotate<Tile>(p, s_sums, at);
         grid.arrive();
         grid.wait();
@@ -60,7 +64,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) fused_gemm_kernel(const Gem
         ptx::cp_async_commit();
 
         unsigned char* const w_tile = weight_stage<Tile>(smem, stage, at);
-        unsigned char* const x_tile = x_stage<Tile>(smem, stage);
+        unsigned char* x_tile = x_stage<Tile>(smem, stage);
+        if constexpr (Tile::kRotatesSlices)
+            if (p.rotates_slices) x_tile = slice.apply(x_tile, at);
         const bool has_rows = WarpRows<Tile>(now.row_tile, at).slab < p.slabs;
         if (now.k_tile < p.k_blocks) {
             if (has_rows) multiply_block<Tile>(p, w_tile, x_tile, acc, at);

@@ -8,6 +8,17 @@
 
 namespace rosaq::cuda {
 
+template <class Tile>
+constexpr InstanceShape shape_of() {
+    return {Number<typename Tile::T>::kDType,
+            Tile::kBits,
+            Tile::kSymmetric,
+            Tile::kTokens,
+            Tile::kRows,
+            Tile::kThreads,
+            Tile::kSmemBytes};
+}
+
 // More dynamic shared memory than 48 KB has to be asked for, once for every device.
 template <class Tile>
 cudaError_t allow_shared_memory() {
@@ -18,7 +29,7 @@ cudaError_t allow_shared_memory() {
     const uint64_t bit = uint64_t{1} << (device % 64);
     if (device < 64 && (done.load(std::memory_order_acquire) & bit) != 0) return cudaSuccess;
     error = cudaFuncSetAttribute(fused_gemm_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 Tile::kSmemBytes);
+                                 Tile::kMaxSmemBytes);
     if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_release);
     return error;
 }
@@ -28,33 +39,24 @@ cudaError_t launch_fused_gemm(const GemmParams& p, cudaStream_t stream) {
     const cudaError_t error = allow_shared_memory<Tile>();
     if (error != cudaSuccess) return error;
     const dim3 grid(static_cast<unsigned>(p.schedule.grid)), block(Tile::kThreads);
-    if (p.rotation_size != 0 || p.schedule.projection_parts != 0) {
-        // Blocks wait for each other: they must all be resident, also beside other grids of that kind.
+    const size_t smem = static_cast<size_t>(smem_bytes(p, shape_of<Tile>()));
+    if (needs_all_blocks(p)) {
+        // Also beside other grids of that kind, which only a cooperative launch promises.
         void* args[] = {const_cast<GemmParams*>(&p)};
         return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(fused_gemm_kernel<Tile>), grid,
-                                           block, args, Tile::kSmemBytes, stream);
+                                           block, args, smem, stream);
     }
-    fused_gemm_kernel<Tile><<<grid, block, Tile::kSmemBytes, stream>>>(p);
+    fused_gemm_kernel<Tile><<<grid, block, smem, stream>>>(p);
     return cudaGetLastError();
 }
 
 template <class Tile>
-cudaError_t blocks_per_sm(int* blocks) {
+cudaError_t blocks_per_sm(const GemmParams& p, int* blocks) {
     const cudaError_t error = allow_shared_memory<Tile>();
     if (error != cudaSuccess) return error;
-    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, fused_gemm_kernel<Tile>, Tile::kThreads,
-                                                         Tile::kSmemBytes);
-}
-
-template <class Tile>
-constexpr InstanceShape shape_of() {
-    return {Number<typename Tile::T>::kDType,
-            Tile::kBits,
-            Tile::kSymmetric,
-            Tile::kTokens,
-            Tile::kRows,
-            Tile::kThreads,
-            Tile::kSmemBytes};
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        blocks, fused_gemm_kernel<Tile>, Tile::kThreads,
+        static_cast<size_t>(smem_bytes(p, shape_of<Tile>())));
 }
 
 }  // namespace rosaq::cuda

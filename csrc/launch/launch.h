@@ -9,11 +9,12 @@
 
 namespace rosaq::cuda {
 
-// One compiled kernel: launches it, and tells how many of its blocks an SM of the current device holds.
+// One compiled kernel: launches it, and tells how many of a launch's blocks an SM of the current device
+// holds.
 struct Instance {
     InstanceShape shape;
     cudaError_t (*launch)(const GemmParams&, cudaStream_t);
-    cudaError_t (*blocks_per_sm)(int* blocks);
+    cudaError_t (*blocks_per_sm)(const GemmParams&, int* blocks);
 };
 
 // The instance for up to `tokens` tokens (8, 16, 32, 64), or null.

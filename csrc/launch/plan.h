@@ -19,10 +19,47 @@ struct InstanceShape {
     int tokens, rows, threads, smem_bytes;
 };
 
+// Tokens of the smallest instance that takes m tokens at once, of 8, 16, 32 and 64.
+inline int tokens_for(int64_t m) {
+    int tokens = 8;
+    while (tokens < m && tokens < kMaxTokens) tokens *= 2;
+    return tokens;
+}
+
 struct Problem {
     int64_t m, n, k, r;
-    bool has_basis, has_rotation;
+    bool has_basis;
+    bool has_rotation;  // of all of x before the products, not of slices
 };
+
+// Whether blocks rotate their own slices: few tokens, one shared matrix of a size they can hold, and nobody
+// else who needs t (salient directions are directions of t).
+inline bool rotates_slices(const FusedGemmArgs& a) {
+    const int64_t b = a.rotation_size;
+    const bool fits = b >= kSmallestSlice && b <= kLargestSlice && (b & (b - 1)) == 0;
+    return a.rotation_blocks == 1 && fits && a.r == 0 && a.m <= 16;
+}
+
+// Of a launch for up to 64 of a call's tokens.
+inline Problem problem_of(const FusedGemmArgs& a) {
+    return {std::min<int64_t>(a.m, kMaxTokens),
+            a.weight.n,
+            a.weight.k,
+            a.r,
+            a.salient_basis.data != nullptr,
+            a.rotation_size != 0 && !rotates_slices(a)};
+}
+
+// Dynamic shared memory of a block.
+inline int smem_bytes(const GemmParams& p, const InstanceShape& shape) {
+    if (!p.rotates_slices) return shape.smem_bytes;
+    return shape.smem_bytes + static_cast<int>(slice_rotation_bytes(p.rotation_size, shape.tokens));
+}
+
+// Whether blocks wait for each other, so that all of them have to be resident.
+inline bool needs_all_blocks(const GemmParams& p) {
+    return (p.rotation_size != 0 && !p.rotates_slices) || p.schedule.projection_parts != 0;
+}
 
 // Blocks should have enough K-tiles to fill the ring: fewer, and adding up partial sums costs more than it
 // spreads.
@@ -79,15 +116,9 @@ inline GemmParams params_of(const FusedGemmArgs& a, const BlobLayout& layout, co
     p.rotation_size = static_cast<int>(a.rotation_size),
     p.rotation_blocks = static_cast<int>(a.rotation_blocks);
     p.rotation = a.rotation;
+    p.rotates_slices = rotates_slices(a);
     p.bias = a.bias;
     return p;
-}
-
-// Tokens of the smallest instance that takes m tokens at once, of 8, 16, 32 and 64.
-inline int tokens_for(int64_t m) {
-    int tokens = 8;
-    while (tokens < m && tokens < kMaxTokens) tokens *= 2;
-    return tokens;
 }
 
 }  // namespace rosaq::cuda

@@ -47,14 +47,14 @@ void run_fused(FusedGemmCall& call, const CudaWeight& weight, Tensor& y, int dev
     const cuda::Instance* instance =
         cuda::find_instance(a.x.dtype, a.weight.bits, a.weight.symmetric, tokens);
     ROSAQ_CHECK(instance != nullptr, kOp, ": x: got ", a.m, " tokens, for which no kernel was built");
+    cuda::GemmParams p = cuda::params_of(a, weight.layout, weight.blob);
     int per_sm = 0;
-    check_cuda(kOp, instance->blocks_per_sm(&per_sm), "fused_gemm_kernel on this device");
-    ROSAQ_CHECK(per_sm > 0, kOp, ": x: got ", a.m, " tokens, which need ", instance->shape.smem_bytes,
-                " bytes of shared memory, need at most ", facts.smem_per_block, " on this device");
+    check_cuda(kOp, instance->blocks_per_sm(p, &per_sm), "fused_gemm_kernel on this device");
+    ROSAQ_CHECK(per_sm > 0, kOp, ": x: got ", a.m, " tokens, which need ",
+                cuda::smem_bytes(p, instance->shape), " bytes of shared memory, need at most ",
+                facts.smem_per_block, " on this device");
 
-    const cuda::Problem problem{
-        std::min<int64_t>(a.m, cuda::kMaxTokens), a.weight.n,          a.weight.k, a.r,
-        a.salient_basis.data != nullptr,          a.rotation_size != 0};
+    const cuda::Problem problem = cuda::problem_of(a);
     const cuda::Schedule schedule = cuda::make_schedule(problem, instance->shape, facts.sms * per_sm);
     ROSAQ_CHECK(cuda::kFirstTileCounter + schedule.row_tiles <= kCounterInts, kOp, ": out_features: got ",
                 a.weight.n, ", need at most ",
@@ -64,7 +64,6 @@ void run_fused(FusedGemmCall& call, const CudaWeight& weight, Tensor& y, int dev
     const Tensor workspace = torch::stable::empty(bytes, ScalarType::Byte, std::nullopt, call.x.device());
     auto* base = static_cast<uint8_t*>(workspace.mutable_data_ptr());
 
-    cuda::GemmParams p = cuda::params_of(a, weight.layout, weight.blob);
     p.schedule = schedule;
     p.t = problem.has_rotation ? base + scratch.t : nullptr;
     p.s_parts = reinterpret_cast<float*>(base + scratch.s_parts);

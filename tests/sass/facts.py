@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.sass.disassembly import Instruction, disassemble, extract
-from tests.sass.loops import hot_path, main_loop
+from tests.sass.loops import hot_paths, main_loop
 
 FOLDER = Path(__file__).resolve().parent
 CACHE = FOLDER.parent.parent / "build" / "sass"
@@ -25,12 +25,12 @@ Opcodes = dict[str, int]  # with all suffixes, and how many there are
 
 @dataclass(frozen=True)
 class Facts:
-    """One kernel for one architecture. `hot`: one turn of the main loop, see loops.py; empty if there is none."""
+    """One kernel for one architecture. `hot`: turns of the main loop by their MMAs, see loops.py; empty without one."""
 
     name: str
     arch: str
     all: Opcodes
-    hot: Opcodes
+    hot: dict[str, Opcodes]  # the key is a number: JSON has no others
 
 
 def count(opcodes: Opcodes, *names: str) -> int:
@@ -50,7 +50,8 @@ def _of_cubin(cubin: Path, arch: str) -> list[Facts]:
     found = []
     for kernel in disassemble(cubin, arch):
         loop = main_loop(kernel)
-        hot = _opcodes(hot_path(kernel, loop)) if loop else {}
+        turns = hot_paths(kernel, loop) if loop else {}
+        hot = {str(mma): _opcodes(path) for mma, path in turns.items() if mma > 0}
         found.append(Facts(kernel.name, arch, _opcodes(kernel.instructions), hot))
     CACHE.mkdir(parents=True, exist_ok=True)
     new = kept.with_suffix(f".{id(found)}.new")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.sass.disassembly import Instruction, Kernel
@@ -76,8 +77,9 @@ def main_loop(kernel: Kernel) -> Loop | None:
     return None
 
 
-def hot_path(kernel: Kernel, loop: Loop) -> list[Instruction]:
-    """One turn of the loop that multiplies the most, then fetches the most, then takes the fewest instructions.
+def hot_paths(kernel: Kernel, loop: Loop) -> dict[int, list[Instruction]]:
+    """One turn of the loop for every number of MMAs that a turn can have; of such turns, the one that fetches the most,
+    then takes the fewest instructions. A kernel with an optional step has a turn with and one without it.
 
     Loops inside are passed once.
     """
@@ -86,10 +88,28 @@ def hot_path(kernel: Kernel, loop: Loop) -> list[Instruction]:
     def forward(block: int) -> list[int]:
         return [s for s in kernel.successors[block] if s in loop.blocks and (block, s) not in back]
 
+    # Best way from a block to an end of the loop, by MMAs on it: (copies, -instructions), next block, MMAs from there.
+    best: dict[int, dict[int, tuple[tuple[int, int], int | None, int]]] = {}
+    for block in _after_successors(loop.header, forward):
+        body = kernel.blocks[block]
+        mma, copies, length = sum(map(is_mma, body)), sum(map(is_async_copy, body)), len(body)
+        found: dict[int, tuple[tuple[int, int], int | None, int]] = {}
+        if block in loop.ends:
+            found[mma] = (copies, -length), None, 0
+        for following in forward(block):
+            for rest, ((more, shorter), _, _) in best.get(following, {}).items():
+                option = (copies + more, shorter - length), following, rest
+                if mma + rest not in found or option[0] > found[mma + rest][0]:
+                    found[mma + rest] = option
+        best[block] = found
+    return {mma: _walk(kernel, best, loop.header, mma) for mma in best[loop.header]}
+
+
+def _after_successors(header: int, forward: Callable[[int], list[int]]) -> list[int]:
+    """Blocks reached from the header, every one after all it leads to."""
     order: list[int] = []
-    seen: set[int] = set()
-    stack = [(loop.header, iter(forward(loop.header)))]
-    seen.add(loop.header)
+    seen = {header}
+    stack = [(header, iter(forward(header)))]
     while stack:
         block, rest = stack[-1]
         following = next((s for s in rest if s not in seen), None)
@@ -99,22 +119,15 @@ def hot_path(kernel: Kernel, loop: Loop) -> list[Instruction]:
         else:
             seen.add(following)
             stack.append((following, iter(forward(following))))
+    return order
 
-    # Best way from a block to an end of the loop: (score, next block). Scores add up, so the best of parts is the best.
-    best: dict[int, tuple[tuple[int, int, int], int | None]] = {}
-    for block in order:
-        body = kernel.blocks[block]
-        own = (sum(map(is_mma, body)), sum(map(is_async_copy, body)), -len(body))
-        options: list[tuple[tuple[int, int, int], int | None]] = [(own, None)] if block in loop.ends else []
-        for following in forward(block):
-            if following in best:
-                a, b, c = best[following][0]
-                options.append(((own[0] + a, own[1] + b, own[2] + c), following))
-        if options:
-            best[block] = max(options, key=lambda option: option[0])
+
+def _walk(
+    kernel: Kernel, best: dict[int, dict[int, tuple[tuple[int, int], int | None, int]]], block: int, mma: int
+) -> list[Instruction]:
     path: list[Instruction] = []
-    at: int | None = loop.header
+    at: int | None = block
     while at is not None:
         path += kernel.blocks[at]
-        at = best[at][1]
+        _, at, mma = best[at][mma]
     return path

@@ -56,11 +56,10 @@ void run_fused(const FusedGemmArgs& a, const uint8_t* blob, int* counters, int r
                LaunchOptions options) {
     const BlobShape shape = blob_shape(a.weight);
     const EmulatedInstance instance = find(a.x.dtype, a.weight.bits, a.weight.symmetric, tokens_for(a.m));
-    const Problem problem{std::min<int64_t>(a.m, kMaxTokens), a.weight.n,          a.weight.k, a.r,
-                          a.salient_basis.data != nullptr,    a.rotation_size != 0};
+    const Problem problem = problem_of(a);
     GemmParams p = params_of(a, shape.layout, blob);
     p.schedule = make_schedule(problem, instance.shape, resident);
-    if (problem.has_basis || problem.has_rotation) options.resident_blocks = p.schedule.grid;  // cooperative
+    if (needs_all_blocks(p)) options.resident_blocks = p.schedule.grid;  // a cooperative launch
     const Scratch scratch = scratch_of(problem, instance.shape, p.schedule);
     const Workspace workspace(scratch.total);
     p.t = problem.has_rotation ? workspace.bytes.data() + scratch.t : nullptr;

@@ -28,7 +28,7 @@ template <class Tile>
 EmulatedInstance instance() {
     return {shape_of<Tile>(), [](const rosaq::cuda::GemmParams& p, const emu::LaunchOptions& options) {
                 emu::launch(rosaq::cuda::fused_gemm_kernel<Tile>, dim3(p.schedule.grid), dim3(Tile::kThreads),
-                            Tile::kSmemBytes, options, p);
+                            static_cast<size_t>(rosaq::cuda::smem_bytes(p, shape_of<Tile>())), options, p);
             }};
 }
 
