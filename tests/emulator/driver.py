@@ -119,7 +119,7 @@ def _sources(folder: Path, *suffixes: str) -> list[Path]:
 
 def _emulator_objects(asan: bool) -> list[Path]:
     """The emulator itself, compiled without hooks: it is not what is being checked. ASan has to know of the stacks."""
-    flags = [*COMMON_FLAGS, "-O2", *_include_flags()]
+    flags = [*COMMON_FLAGS, "-O3", *_include_flags()]
     sources = dict.fromkeys(sorted(EMULATOR.glob("*.cpp")), flags)
     if asan:
         sources |= {EMULATOR / name: [*flags, *MODE_FLAGS["asan"]] for name in ("fiber.cpp", "faults.cpp")}
