@@ -32,7 +32,7 @@ EMULATOR = Path(__file__).resolve().parent
 ROOT = EMULATOR.parent.parent
 CACHE = ROOT / "build" / "emulator"
 DIGEST_LENGTH = 16
-COMMON_FLAGS = ["-std=c++17", "-g", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off"]
+COMMON_FLAGS = ["-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off"]
 # Return addresses are how errors find their line, so calls must not become jumps nor branches be merged. Uninitialised
 # locals hold 0xfe bytes: a NaN in 16 bits. Kernels reinterpret memory, as nvcc allows.
 KERNEL_FLAGS = [
@@ -47,7 +47,7 @@ KERNEL_FLAGS = [
     "-Wno-class-memaccess",
 ]
 MODE_FLAGS = {
-    "plain": ["-O2"],
+    "plain": ["-O1", "-fsanitize=alignment"],
     "checked": ["-O1", "-fsanitize=thread,alignment,bounds,shift", "-fno-threadsafe-statics"],
     "asan": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
 }
