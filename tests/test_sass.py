@@ -27,14 +27,18 @@ pytestmark = pytest.mark.skipif(disassembly.missing() is not None, reason=str(di
 
 FUSED = re.compile(r"fused_gemm_kernel<.*Tile<(?P<dtype>\w+), (?P<bits>\d), (?P<symmetric>true|false), (?P<tiles>\d)>>")
 # (symmetric only, tiles of 8 tokens): instructions for each MMA, with all of the loop's work: fetching, decoding,
-# scaling. What nvcc 13.0 needs, and 5 % more; a change that needs fewer should lower its line.
-BUDGET = {(True, 1): 37.0, (True, 2): 19.5, (False, 1): 47.0, (False, 2): 24.5, (False, 4): 16.0, (False, 8): 16.0}
+# scaling. The most that nvcc 13.0 needs for any architecture and dtype, and 3 % more; a change that needs fewer should
+# lower its line.
+BUDGET = {(True, 1): 36.3, (True, 2): 18.8, (False, 1): 46.2, (False, 2): 23.9, (False, 4): 15.5, (False, 8): 15.4}
+# Not a spill: an array that is indexed at run time, in a kernel that runs once for each weight, at load time.
+MAY_USE_LOCAL_MEMORY = {"rosaq::cuda::prepack_codes_kernel<4>"}
 
 
 def problems(facts: Facts, budget: float | None) -> list[str]:
     """What is wrong with a kernel. budget: of its main loop; None if it needs none."""
     found = []
-    if spilled := count(facts.all, "LDL", "STL"):
+    spilled = count(facts.all, "LDL", "STL")
+    if spilled and facts.name not in MAY_USE_LOCAL_MEMORY:
         found.append(f"{spilled} accesses to local memory")
     if budget is None:
         return found
@@ -42,7 +46,7 @@ def problems(facts: Facts, budget: float | None) -> list[str]:
     if mma == 0:
         return [*found, "no loop that both copies and multiplies on tensor cores"]
     copies = {opcode: n for opcode, n in facts.hot.items() if opcode.startswith("LDGSTS")}
-    if narrow := [opcode for opcode in copies if not opcode.endswith(".128")]:
+    if narrow := [opcode for opcode in copies if "128" not in opcode.split(".")]:
         found.append(f"asynchronous copies of less than 128 bits: {narrow}")
     if divisions := count(facts.hot, "MUFU.RCP", "I2F.RP", "I2F.U32.RP"):
         found.append(f"{divisions} instructions of divisions in the main loop")

@@ -13,6 +13,7 @@ void complete(AsyncCopy& copy) {
     std::memcpy(copy.smem, copy.gmem, copy.bytes_read);
     std::memset(copy.smem + copy.bytes_read, 0, copy.bytes - copy.bytes_read);
     copy.done = true;
+    if (!copy.is_bulk) --machine->unfinished_copies;
 }
 
 bool is_done_at_issue() {
@@ -61,7 +62,8 @@ void cp_async(void* smem, const void* gmem, int bytes, int bytes_read) {
     check_shared(smem, bytes, bytes, "cp.async", site);
     check_source(gmem, bytes_read, bytes, "cp.async", site);
     start_write(smem, bytes, site);
-    AsyncCopy copy{static_cast<char*>(smem), static_cast<const char*>(gmem), bytes, bytes_read, false};
+    AsyncCopy copy{static_cast<char*>(smem), static_cast<const char*>(gmem), bytes, bytes_read, false, false};
+    ++machine->unfinished_copies;
     if (is_done_at_issue()) complete(copy);
     self().open_group.push_back(copy);
 }
@@ -99,30 +101,36 @@ void bulk_copy_g2s(void* smem, const void* gmem, int bytes, uint64_t* mbar) {
         shared_shadow(*self().block, smem)
             ->finish_async_write(smem, bytes, {self().block->number, found->second.slot},
                                  found->second.phase + 1);
-    const AsyncCopy copy{static_cast<char*>(smem), static_cast<const char*>(gmem), bytes, bytes, false};
+    const AsyncCopy copy{static_cast<char*>(smem), static_cast<const char*>(gmem), bytes, bytes, false, true};
     machine->bulk_copies.push_back({copy, self().block, mbar});
     if (is_done_at_issue()) complete_bulk(machine->bulk_copies.size() - 1);
 }
 
 void complete_some_copy() {
     Machine& m = *machine;
-    if (m.options.completion != Completion::kRandom || m.random() % 4 != 0) return;
-    if (!m.bulk_copies.empty()) complete_bulk(m.random() % m.bulk_copies.size());
-    Block& block = m.resident[m.random() % m.resident.size()];
+    if (m.options.completion != Completion::kRandom || (m.bulk_copies.empty() && m.unfinished_copies == 0))
+        return;
+    if (m.random() % 4 != 0) return;
+    if (!m.bulk_copies.empty()) complete_bulk(m.random.below(m.bulk_copies.size()));
+    Block& block = m.resident[m.random.below(m.resident.size())];
     if (block.threads.empty()) return;
-    if (AsyncCopy* copy = some_unfinished_copy(block.threads[m.random() % block.threads.size()]))
+    if (AsyncCopy* copy = some_unfinished_copy(block.threads[m.random.below(block.threads.size())]))
         complete(*copy);
 }
 
 bool complete_one_bulk_copy() {
     if (machine->bulk_copies.empty()) return false;
-    complete_bulk(machine->random() % machine->bulk_copies.size());
+    complete_bulk(machine->random.below(machine->bulk_copies.size()));
     return true;
 }
 
 void drop_copies_of(Block& block) {
-    auto& copies = machine->bulk_copies;
-    for (const BulkCopy& bulk : copies)
+    for (Thread& thread : block.threads) {
+        thread.copy_groups.push_back(std::move(thread.open_group));
+        for (const auto& group : thread.copy_groups)
+            for (const AsyncCopy& copy : group) machine->unfinished_copies -= copy.done ? 0 : 1;
+    }
+    for (const BulkCopy& bulk : machine->bulk_copies)
         if (bulk.block == &block)
             throw Error("block " + std::to_string(block.number) +
                         " ended with a bulk copy into its shared memory in flight");

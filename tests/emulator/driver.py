@@ -32,7 +32,7 @@ EMULATOR = Path(__file__).resolve().parent
 ROOT = EMULATOR.parent.parent
 CACHE = ROOT / "build" / "emulator"
 DIGEST_LENGTH = 16
-COMMON_FLAGS = ["-std=c++17", "-g", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off"]
+COMMON_FLAGS = ["-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off"]
 # Return addresses are how errors find their line, so calls must not become jumps nor branches be merged. Uninitialised
 # locals hold 0xfe bytes: a NaN in 16 bits. Kernels reinterpret memory, as nvcc allows.
 KERNEL_FLAGS = [
@@ -47,7 +47,7 @@ KERNEL_FLAGS = [
     "-Wno-class-memaccess",
 ]
 MODE_FLAGS = {
-    "plain": ["-O2"],
+    "plain": ["-O1", "-fsanitize=alignment"],
     "checked": ["-O1", "-fsanitize=thread,alignment,bounds,shift", "-fno-threadsafe-statics"],
     "asan": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
 }
@@ -119,7 +119,7 @@ def _sources(folder: Path, *suffixes: str) -> list[Path]:
 
 def _emulator_objects(asan: bool) -> list[Path]:
     """The emulator itself, compiled without hooks: it is not what is being checked. ASan has to know of the stacks."""
-    flags = [*COMMON_FLAGS, "-O2", *_include_flags()]
+    flags = [*COMMON_FLAGS, "-O3", *_include_flags()]
     sources = dict.fromkeys(sorted(EMULATOR.glob("*.cpp")), flags)
     if asan:
         sources |= {EMULATOR / name: [*flags, *MODE_FLAGS["asan"]] for name in ("fiber.cpp", "faults.cpp")}

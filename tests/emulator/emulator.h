@@ -20,7 +20,8 @@ struct Error : std::runtime_error {
 enum class Completion { kEager, kLazy, kRandom };
 
 struct LaunchOptions {
-    uint64_t seed = 0;  // of the order in which threads run, and of random completion
+    // Of the order in which threads run (even: all alike; odd: some run far ahead) and of random completion.
+    uint64_t seed = 0;
     Completion completion = Completion::kRandom;
     int resident_blocks = 4;      // blocks in flight together; the next one starts when one ends
     bool shuffle_blocks = false;  // start blocks in random order instead of by index

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <random>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -33,7 +32,7 @@ struct AsyncCopy {
     char* smem;
     const char* gmem;
     int bytes, bytes_read;
-    bool done;
+    bool done, is_bulk;
 };
 
 struct Thread {
@@ -108,10 +107,30 @@ struct Block {
     std::unordered_map<const void*, int> static_at;  // index in `shared`, by declaration
 };
 
+// Small and fast (splitmix64): a choice is made at every switch.
+class Random {
+  public:
+    using result_type = uint64_t;
+    explicit Random(uint64_t seed) : state_(seed) {}
+    static constexpr uint64_t min() { return 0; }
+    static constexpr uint64_t max() { return ~uint64_t{0}; }
+    uint64_t operator()() {
+        uint64_t z = state_ += 0x9e3779b97f4a7c15u;
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+        return z ^ (z >> 31);
+    }
+    size_t below(size_t bound) { return static_cast<size_t>(((*this)() >> 32) * bound >> 32); }
+
+  private:
+    uint64_t state_;
+};
+
 struct Machine {
     const Launch& launch;
     const LaunchOptions& options;
-    std::mt19937_64 random;
+    Random random;
+    bool is_depth_first;  // whoever was woken last goes on, as a rule; else all are drawn alike
     FiberContext host;
     std::vector<Block> resident;
     std::vector<int> waiting_blocks;  // not started yet, next one last
@@ -119,11 +138,13 @@ struct Machine {
     std::vector<BulkCopy> bulk_copies;
     std::unordered_map<const void*, Message> published;    // by address of the flag
     std::unordered_map<uintptr_t, Shadow> buffer_shadows;  // by start of the buffer
+    int unfinished_copies = 0;                             // cp.async ones
     uint64_t idle_switches = 0;                            // since anything moved
     Thread* running = nullptr;
     std::string error;
 
-    Machine(const Launch& l, const LaunchOptions& o) : launch(l), options(o), random(o.seed) {}
+    Machine(const Launch& l, const LaunchOptions& o)
+        : launch(l), options(o), random(o.seed), is_depth_first(o.seed % 2 == 1) {}
     int threads_per_block() const {
         return static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
     }

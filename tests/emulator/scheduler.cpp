@@ -103,7 +103,8 @@ Thread* pick() {
         if (!complete_one_bulk_copy()) fail_stuck("deadlock");
     if (++m.idle_switches > 2 * m.ready.size() + 64 && complete_one_bulk_copy()) m.idle_switches = 0;
     if (m.idle_switches > kIdleRounds * (m.ready.size() + 64)) fail_stuck("livelock");
-    const size_t i = m.random() % m.ready.size();
+    const bool takes_last = m.is_depth_first && m.random() % 16 != 0;
+    const size_t i = takes_last ? m.ready.size() - 1 : m.random.below(m.ready.size());
     Thread* next = m.ready[i];
     m.ready[i] = m.ready.back();
     m.ready.pop_back();
@@ -200,7 +201,9 @@ void wake(Thread& thread) {
 }
 
 void yield(const char* what, Site site) {
-    machine->ready.push_back(&self());
+    std::vector<Thread*>& ready = machine->ready;
+    ready.push_back(&self());
+    std::swap(ready.back(), ready[machine->random.below(ready.size())]);  // not the next to go on by rule
     wait_in(what, site);
 }
 

@@ -23,7 +23,7 @@ Collective& pending(const char* name, Kind kind, uint32_t mask, Site site) {
     if ((mask >> me.lane & 1u) == 0) fail(site, std::string(name) + ": this lane is not in its own mask");
     for (Collective& other : me.warp->pending) {
         if ((other.mask >> me.lane & 1u) == 0) continue;  // they do not wait for this lane
-        if (std::strcmp(other.name, name) != 0)
+        if (other.name != name && std::strcmp(other.name, name) != 0)
             fail(site, std::string(name) + " meets " + other.name + " at " + where(other.site) +
                            " of other lanes of the warp");
         if (other.mask != mask)

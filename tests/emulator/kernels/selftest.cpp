@@ -196,6 +196,10 @@ const std::map<std::string, Case>& cases() {
         {"count past shared", [](const LaunchOptions& o) { run_count(o, 8, 0, 0); }},
         {"count far past shared", [](const LaunchOptions& o) { run_count(o, 4000, 0, 0); }},
         {"count shift", [](const LaunchOptions& o) { run_count(o, 3, 32, 0); }},
+        {"count nothing",
+         [](const LaunchOptions& o) {
+             emu::launch(count_kernel, dim3(1), dim3(64), 0, o, nullptr, 100, nullptr, 0, 0);
+         }},
         {"count index", [](const LaunchOptions& o) { run_count(o, 3, 0, 4); }},
     };
     return all;
