@@ -29,9 +29,15 @@ FUSED = re.compile(r"fused_gemm_kernel<.*Tile<(?P<dtype>\w+), (?P<bits>\d), (?P<
 # (symmetric only, tiles of 8 tokens): instructions for each MMA, with all of the loop's work: fetching, decoding,
 # scaling. The most that nvcc 13.0 needs for any architecture and dtype, and 3 % more; a change that needs fewer should
 # lower its line.
-BUDGET = {(True, 1): 36.3, (True, 2): 18.8, (False, 1): 46.2, (False, 2): 23.9, (False, 4): 15.5, (False, 8): 15.4}
+BUDGET = {(True, 1): 24.0, (True, 2): 13.2, (False, 1): 31.8, (False, 2): 17.0, (False, 4): 11.5, (False, 8): 11.6}
 # Not a spill: an array that is indexed at run time, in a kernel that runs once for each weight, at load time.
 MAY_USE_LOCAL_MEMORY = {"rosaq::cuda::prepack_codes_kernel<4>"}
+
+
+def plain_turn(facts: Facts) -> int:
+    """MMAs of a turn of a fused kernel's main loop that rotates nothing: 8 steps x 2 row tiles x token tiles of a warp."""
+    found = FUSED.search(facts.name)
+    return 16 * min(int(found["tiles"]), 4) if found else max(map(int, facts.hot), default=0)
 
 
 def problems(facts: Facts, budget: float | None) -> list[str]:
@@ -42,17 +48,18 @@ def problems(facts: Facts, budget: float | None) -> list[str]:
         found.append(f"{spilled} accesses to local memory")
     if budget is None:
         return found
-    mma = count(facts.hot, "HMMA", "HGMMA")
-    if mma == 0:
-        return [*found, "no loop that both copies and multiplies on tensor cores"]
-    copies = {opcode: n for opcode, n in facts.hot.items() if opcode.startswith("LDGSTS")}
+    mma = plain_turn(facts)
+    if str(mma) not in facts.hot:
+        return [*found, f"no turn of {mma} MMAs in a loop that both copies and multiplies, but {list(facts.hot)}"]
+    turn = facts.hot[str(mma)]
+    copies = {opcode: n for opcode, n in turn.items() if opcode.startswith("LDGSTS")}
     if narrow := [opcode for opcode in copies if "128" not in opcode.split(".")]:
         found.append(f"asynchronous copies of less than 128 bits: {narrow}")
-    if divisions := count(facts.hot, "MUFU.RCP", "I2F.RP", "I2F.U32.RP"):
+    if divisions := count(turn, "MUFU.RCP", "I2F.RP", "I2F.U32.RP"):
         found.append(f"{divisions} instructions of divisions in the main loop")
-    if loads := count(facts.hot, "LDG", "LD"):
+    if loads := count(turn, "LDG", "LD"):
         found.append(f"{loads} synchronous loads from global memory in the main loop")
-    per_mma = sum(facts.hot.values()) / mma
+    per_mma = sum(turn.values()) / mma
     if per_mma > budget:
         found.append(f"{per_mma:.1f} instructions for each MMA, budget {budget}")
     return found
@@ -100,7 +107,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Facts]]:
         ("narrow_copy", r"copies of less than 128 bits: \['LDGSTS.E'\]"),
         ("division", "instructions of divisions in the main loop"),
         ("local_array", "accesses to local memory"),
-        ("no_mma", "no loop that both copies and multiplies"),
+        ("no_mma", "no turn of 0 MMAs in a loop that both copies and multiplies"),
         ("padded_loop", "instructions for each MMA, budget"),
     ],
 )

@@ -7,6 +7,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -178,7 +179,9 @@ def _is_stale(made: Path, command: list[str], needs: list[Path]) -> bool:
 
 def _compile(job: tuple[Path, list[str]]) -> None:
     made, command = job
+    started = time.time()
     _run(command)
+    os.utime(made, (started, started))  # a header that was changed meanwhile is newer than what came of it
     made.with_suffix(".command").write_text(shlex.join(command))
 
 
