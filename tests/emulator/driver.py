@@ -32,6 +32,7 @@ EMULATOR = Path(__file__).resolve().parent
 ROOT = EMULATOR.parent.parent
 CACHE = ROOT / "build" / "emulator"
 DIGEST_LENGTH = 16
+KERNEL_FOLDERS = ("common", "device", "kernels", "launch")  # of csrc: what kernels may include
 COMMON_FLAGS = ["-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off"]
 # Return addresses are how errors find their line, so calls must not become jumps nor branches be merged. Uninitialised
 # locals hold 0xfe bytes: a NaN in 16 bits. Kernels reinterpret memory, as nvcc allows.
@@ -150,7 +151,7 @@ def build(name: str, sources: Sequence[str], mode: str = "plain", flags: Sequenc
     objects = _emulator_objects(asan=mode == "asan")
     paths = [ROOT / source for source in sources]
     flags = [*COMMON_FLAGS, *KERNEL_FLAGS, *MODE_FLAGS[mode], *_include_flags(), *flags]
-    folders = {ROOT / "csrc", EMULATOR, *(path.parent for path in paths)}
+    folders = {*(ROOT / "csrc" / name for name in KERNEL_FOLDERS), EMULATOR, *(path.parent for path in paths)}
     headers = {header for folder in folders for header in _sources(folder, ".h", ".cuh")}
     digest = _digest([*paths, *headers, *objects], flags)
     target = CACHE / f"{name}-{mode}-{digest}{'' if mode == 'asan' else '.so'}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -54,7 +55,7 @@ def _of_cubin(cubin: Path, arch: str) -> list[Facts]:
         hot = {str(mma): _opcodes(path) for mma, path in turns.items() if mma > 0}
         found.append(Facts(kernel.name, arch, _opcodes(kernel.instructions), hot))
     CACHE.mkdir(parents=True, exist_ok=True)
-    new = kept.with_suffix(f".{id(found)}.new")
+    new = kept.with_suffix(f".{os.getpid()}.new")
     new.write_text(json.dumps([asdict(facts) for facts in found]))
     new.replace(kept)
     return found
