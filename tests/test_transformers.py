@@ -1,6 +1,7 @@
 """transformers: load, run, generate and save rosaq checkpoints; refuse the ones it would only warn about."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig, pipelin
 
 from rosaq.checkpoint import total_bytes
 from rosaq.config import LinearFormat
-from rosaq.integrations.transformers import RosaqConfig, RosaqHfQuantizer
+from rosaq.integrations.transformers import RosaqConfig, RosaqHfQuantizer, check_offloaded
 from rosaq.linear import PACKED_NAMES, RosaqLinear
 from tests.models import save_rosaq, tiny_mistral, vandalise
 from tests.tolerances import assert_as_good_as
@@ -158,6 +159,12 @@ def test_disk_offload_computes_the_same(salient_checkpoint, tmp_path):
     )
     for _ in range(2):
         assert torch.equal(logits_of(offloaded), logits_of(whole))
+
+
+def test_codes_that_offloading_has_changed_are_an_error():
+    module = SimpleNamespace(_hf_hook=SimpleNamespace(weights_map={"qweight": torch.zeros(1)}))
+    with pytest.raises(ValueError, match=r"up.qweight: got torch.float32 from the offload folder, need int32"):
+        check_offloaded("up", module)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

@@ -124,8 +124,12 @@ class RosaqHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         del kwargs
+        offloaded = None
         for name, module in model.named_modules():
-            if not isinstance(module, RosaqLinear) or module.is_offloaded:
+            if not isinstance(module, RosaqLinear):
+                continue
+            if module.is_offloaded:
+                offloaded = offloaded or check_offloaded(name, module)
                 continue
             if self.pre_quantized:
                 check_loaded(name, module)
@@ -180,6 +184,19 @@ def check_loaded(name: str, module: RosaqLinear) -> None:
     for key, tensor in module.named_parameters(recurse=False):
         if not getattr(tensor, "_is_hf_initialized", False):
             raise ValueError(f"{name}.{key}: got no such tensor in the checkpoint, need it")
+
+
+def check_offloaded(name: str, module: RosaqLinear) -> bool:
+    """True; ValueError if codes come back from the offload folder as another dtype (transformers before 5.19)."""
+    hook = module._hf_hook
+    for part in getattr(hook, "hooks", [hook]):
+        weights = getattr(part, "weights_map", None)
+        if weights is not None and weights["qweight"].dtype != torch.int32:
+            raise ValueError(
+                f"{name}.qweight: got {weights['qweight'].dtype} from the offload folder, need int32: transformers "
+                f"{transformers.__version__} changes what it offloads to disk, need 5.19 or newer or no 'disk'"
+            )
+    return True
 
 
 def has_parallel_styles() -> bool:
