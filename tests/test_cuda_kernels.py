@@ -85,6 +85,18 @@ def test_sizes_that_end_in_the_middle_of_a_block(n: int, k: int, group_size: int
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("k", "b"), [(160, 32), (384, 64), (384, 128)])
+@pytest.mark.parametrize("m", [1, 9, 16, 17])
+def test_a_shared_rotation_is_applied_to_slices_or_before(m: int, k: int, b: int, dtype: torch.dtype) -> None:
+    """Up to 16 tokens by each block for itself, beyond by all of them first; a rotation that is not symmetric."""
+    linear, x = make_linear(136, k, 3, 32, symmetric=False), make_x(m, k).to(dtype)
+    linear.extras["rotation"] = random_rotation(1, b)
+    for mode in ("plain", "checked"):
+        y = EmulatedLinear(linear, mode).run(x, Options(seed=m), resident=3)
+        assert_as_good_as(y, linear.plain(x), want(linear, x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_zeros_up_to_255_are_exact(dtype: torch.dtype) -> None:
     linear = make_linear(16, 64, 4, 32, symmetric=False)
     linear.zeros = torch.randint(0, 256, (16, 2), dtype=torch.uint8)
