@@ -35,7 +35,7 @@ MAY_USE_LOCAL_MEMORY = {"rosaq::cuda::prepack_codes_kernel<4>"}
 
 
 def plain_turn(facts: Facts) -> int:
-    """MMAs of a turn of a fused kernel's main loop that rotates nothing: 8 steps x 2 row tiles x token tiles of a warp."""
+    """MMAs of a turn of the main loop that rotates nothing: 8 steps x 2 row tiles x token tiles of a warp."""
     found = FUSED.search(facts.name)
     return 16 * min(int(found["tiles"]), 4) if found else max(map(int, facts.hot), default=0)
 
