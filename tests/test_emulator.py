@@ -18,7 +18,17 @@ pytestmark = pytest.mark.skipif(driver.missing() is not None, reason=str(driver.
 
 SOURCES = ["tests/emulator/kernels/selftest.cpp"]
 COMPLETIONS = driver.Options.COMPLETIONS
-CORRECT = ["gemm", "gemm one slice", "ring", "grid barrier", "last block", "forward wait", "bf16", "count"]
+CORRECT = [
+    "gemm",
+    "gemm one slice",
+    "ring",
+    "grid barrier",
+    "last block",
+    "forward wait",
+    "bf16",
+    "count",
+    "misuse none",
+]
 
 WRONG = "wrong result"
 NEVER = None
@@ -53,6 +63,15 @@ BROKEN = {
     "last block no fence": (NEVER, "race: read, not ordered after the write .*at parts"),
     "forward wait too few blocks": ("livelock: .*5 blocks have not started",) * 2,
     "bf16 half a warp": ("ldmatrix.x4: needs all 32 lanes", "ldmatrix.x4: needs all 32 lanes|uninitialised"),
+    "misuse stale load": (NEVER, r"misuse.cuh:\d+: ld.global.nc from out.*, which the kernel may write"),
+    "misuse write input": (NEVER, r"misuse.cuh:\d+: write to in\+\d+ .*, which is an input"),
+    "misuse barrier short": (r"deadlock: 32 threads of block 0 in bar.sync at misuse.cuh:\d+",) * 2,
+    "misuse barrier sizes": (r"bar.sync expects \d+ threads, but misuse.cuh:\d+ expects \d+ at the same barrier",) * 2,
+    "misuse no mbarrier": (r"mbarrier.arrive: static shared\+0 .* was not initialised as an mbarrier",) * 2,
+    "misuse bulk size": ("cp.async.bulk: 24 bytes, need a positive multiple of 16",) * 2,
+    "misuse bulk in flight": ("block 0 ended with a bulk copy into its shared memory in flight",) * 2,
+    "misuse shuffle exited": ("__shfl_sync: lane 0 reads lane 5, which does not take part",) * 2,
+    "misuse misaligned copy": (r"cp.async: shared\+\d+ .* is not aligned to 16 bytes",) * 2,
     "count past shared": (
         r"wrote out of bounds: static shared\+32",
         "out of bounds: write of 4 bytes at static shared",
@@ -71,6 +90,7 @@ SOMETIMES = {
     ("ring no full wait", "plain"),
     ("gemm no split order", "plain"),
     ("ring no named barrier", "plain"),
+    *(("misuse bulk in flight", mode) for mode in ("plain", "checked")),
 }
 # What hides a cp.async that nobody waited for.
 HIDDEN_BY_EAGER = {"gemm short wait"}

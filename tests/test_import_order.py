@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "conversion": {"config", "ops", "linear", "checkpoint", "integrations"},
     "evaluation": {"config", "checkpoint", "linear", "text"},
     "report": {"config", "checkpoint"},
-    "doctor": {"_C", "report"},
+    "doctor": {"_C", "ops", "report"},
     "demo": {"rosaq", "config", "evaluation", "report"},
     "cli": {"rosaq", "config", "checkpoint", "doctor", "demo", "evaluation", "report", "text"},
 }

@@ -51,12 +51,19 @@ struct Thread {
     Clock clock;
 };
 
+// .sync instructions name their lanes, of which those that have exited are not waited for; .aligned ones need
+// the whole warp at one place.
+enum class CollectiveKind { kSync, kAligned };
+
 // Threads on their way into one warp-wide operation.
 struct Collective {
     const char* name;
+    CollectiveKind kind;
     uint32_t mask, arrived;
     Site site;
-    void* operands[kWarpSize];  // each lane's, on its own stack
+    void (*execute)(const Collective& complete, const void* closure);
+    const void* closure;        // on the stack of the first lane to arrive, as its operands are
+    void* operands[kWarpSize];  // each lane's
 };
 
 struct Warp {
@@ -179,6 +186,9 @@ class FaultHandler {
   private:
     stack_t stack_before_;
 };
+
+// The running thread has exited: the rest of its warp no longer waits for it.
+void leave_warp();
 
 // Asynchronous copies, as the scheduler sees them.
 void complete_some_copy();      // one at random, if the launch completes copies at random

@@ -28,6 +28,7 @@ void thread_entry() {
     Thread& me = self();
     me.is_done = true;
     --me.block->alive;
+    leave_warp();
     progress();
     switch_fiber(me.context, machine->host);  // the host thread sees who has ended, and never comes back here
     __builtin_unreachable();

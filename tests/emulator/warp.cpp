@@ -15,10 +15,9 @@ uint32_t lanes_alive(const Warp& warp) {
     return alive;
 }
 
-// .sync instructions name their lanes, .aligned ones need the whole warp at one place.
-enum class Kind { kSync, kAligned };
+using Kind = CollectiveKind;
 
-Collective& pending(const char* name, Kind kind, uint32_t mask, Site site) {
+Collective* pending(const char* name, Kind kind, uint32_t mask, Site site) {
     Thread& me = self();
     if ((mask >> me.lane & 1u) == 0) fail(site, std::string(name) + ": this lane is not in its own mask");
     for (Collective& other : me.warp->pending) {
@@ -32,32 +31,50 @@ Collective& pending(const char* name, Kind kind, uint32_t mask, Site site) {
         if (kind == Kind::kAligned && !is_same_place(other.site, site))
             fail(site,
                  std::string("divergent ") + name + ": other lanes of the warp are at " + where(other.site));
-        return other;
+        return &other;
     }
-    me.warp->pending.push_back({name, mask, 0, site, {}});
-    return me.warp->pending.back();
+    return nullptr;
 }
 
-// Waits for all lanes in `mask`; the last one to come runs execute(collective) for all.
-template <class Execute>
-void together(const char* name, Kind kind, uint32_t mask, void* operand, Site site, Execute execute) {
+bool is_complete(const Collective& collective) {
+    return collective.arrived == (collective.mask & lanes_alive(*self().warp));
+}
+
+void complete(size_t index) {
     Thread& me = self();
-    const uint32_t alive = lanes_alive(*me.warp);
-    if (kind == Kind::kAligned && alive != 0xffffffffu)
-        fail(site, std::string(name) + ": needs all 32 lanes of the warp, some do not exist or have exited");
-    Collective& mine = pending(name, kind, mask & alive, site);
-    mine.operands[me.lane] = operand;
-    mine.arrived |= 1u << me.lane;
-    if (mine.arrived != mine.mask) {
-        wait_in(name, site);
-        return;
-    }
-    const Collective complete = mine;
-    me.warp->pending.erase(me.warp->pending.begin() + (&mine - me.warp->pending.data()));
-    execute(complete);
+    auto& all = me.warp->pending;
+    const Collective complete = all[index];
+    all.erase(all.begin() + static_cast<ptrdiff_t>(index));
+    complete.execute(complete, complete.closure);
     progress();
     for (Thread* thread : me.warp->lanes)
-        if (thread != &me && (complete.mask >> thread->lane & 1u) != 0) wake(*thread);
+        if (thread != &me && (complete.arrived >> thread->lane & 1u) != 0) wake(*thread);
+}
+
+[[noreturn]] void fail_incomplete_warp(const char* name, Site site) {
+    fail(site, std::string(name) + ": needs all 32 lanes of the warp, some do not exist or have exited");
+}
+
+// Waits for all lanes in `mask`; the last one to come runs execute(collective) for all. All lanes bring the
+// same.
+template <class Execute>
+void together(const char* name, Kind kind, uint32_t mask, void* operand, Site site, const Execute& execute) {
+    Thread& me = self();
+    if (kind == Kind::kAligned && lanes_alive(*me.warp) != 0xffffffffu) fail_incomplete_warp(name, site);
+    Collective* mine = pending(name, kind, mask, site);
+    if (mine == nullptr) {
+        const auto call = [](const Collective& complete, const void* closure) {
+            (*static_cast<const Execute*>(closure))(complete);
+        };
+        me.warp->pending.push_back({name, kind, mask, 0, site, call, &execute, {}});
+        mine = &me.warp->pending.back();
+    }
+    mine->operands[me.lane] = operand;
+    mine->arrived |= 1u << me.lane;
+    if (is_complete(*mine))
+        complete(static_cast<size_t>(mine - me.warp->pending.data()));
+    else
+        wait_in(name, site);
 }
 
 struct ShuffleOperand {
@@ -102,6 +119,16 @@ void mma(float* d, const uint32_t* a, const uint32_t* b, bool is_bf16, Site site
 
 }  // namespace
 
+void leave_warp() {
+    Thread& me = self();
+    auto& all = me.warp->pending;
+    for (size_t i = all.size(); i-- > 0;) {
+        if ((all[i].mask >> me.lane & 1u) == 0) continue;
+        if (all[i].kind == Kind::kAligned) fail_incomplete_warp(all[i].name, all[i].site);
+        if (is_complete(all[i])) complete(i);
+    }
+}
+
 uint64_t shuffle(ShuffleKind kind, uint32_t mask, uint64_t value, int operand, int width) {
     const Site site = EMU_SITE;
     if (width < 1 || width > 32 || (width & (width - 1)) != 0)
@@ -110,10 +137,10 @@ uint64_t shuffle(ShuffleKind kind, uint32_t mask, uint64_t value, int operand, i
     const char* name = shuffle_name(kind);
     together(name, Kind::kSync, mask, &mine, site, [&](const Collective& c) {
         for (int lane = 0; lane < kWarpSize; ++lane) {
-            if ((c.mask >> lane & 1u) == 0) continue;
+            if ((c.arrived >> lane & 1u) == 0) continue;
             auto& o = *static_cast<ShuffleOperand*>(c.operands[lane]);
             const int source = source_lane(o, lane);
-            if ((c.mask >> source & 1u) == 0)
+            if ((c.arrived >> source & 1u) == 0)
                 fail(site, std::string(name) + ": lane " + std::to_string(lane) + " reads lane " +
                                std::to_string(source) + ", which does not take part");
             o.result = static_cast<const ShuffleOperand*>(c.operands[source])->value;
@@ -130,10 +157,10 @@ uint32_t ballot(uint32_t mask, bool predicate) {
     together("vote", Kind::kSync, mask, &mine, EMU_SITE, [](const Collective& c) {
         uint32_t result = 0;
         for (int lane = 0; lane < kWarpSize; ++lane)
-            if ((c.mask >> lane & 1u) != 0 && static_cast<Vote*>(c.operands[lane])->predicate)
+            if ((c.arrived >> lane & 1u) != 0 && static_cast<Vote*>(c.operands[lane])->predicate)
                 result |= 1u << lane;
         for (int lane = 0; lane < kWarpSize; ++lane)
-            if ((c.mask >> lane & 1u) != 0) static_cast<Vote*>(c.operands[lane])->result = result;
+            if ((c.arrived >> lane & 1u) != 0) static_cast<Vote*>(c.operands[lane])->result = result;
     });
     return mine.result;
 }
@@ -144,7 +171,7 @@ void syncwarp(uint32_t mask) {
         if (!machine->launch.checked) return;
         std::vector<Thread*> met;
         for (Thread* thread : self().warp->lanes)
-            if ((c.mask >> thread->lane & 1u) != 0) met.push_back(thread);
+            if ((c.arrived >> thread->lane & 1u) != 0) met.push_back(thread);
         meet(met);
     });
 }

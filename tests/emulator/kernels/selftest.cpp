@@ -12,6 +12,7 @@
 #include "emulator/c_api.h"
 #include "emulator/emulator.h"
 #include "gemm.cuh"
+#include "misuse.cuh"
 #include "ring.cuh"
 
 #undef threadIdx
@@ -152,6 +153,15 @@ void run_count(const LaunchOptions& options, int largest, int shift, int index) 
     require_close(total, 100 << (index == 0 ? shift : 0), 0, "total");
 }
 
+template <Misuse kMisuse>
+void run_misuse(const LaunchOptions& options) {
+    DeviceArray<uint4> in(kMisuseThreads, "in", Access::kIn), out(kMisuseThreads, "out", Access::kOut);
+    for (unsigned i = 0; i < kMisuseThreads; ++i) in[i] = uint4{i, i + 1, i + 2, i + 3};
+    emu::launch(misuse_kernel<kMisuse>, dim3(1), dim3(kMisuseThreads), kMisuseThreads * 16 + 16, options,
+                in.data(), out.data());
+    for (int i = 0; i < kMisuseThreads; ++i) require_close(out[i].x, i, 0, "out[" + std::to_string(i) + "]");
+}
+
 using Case = std::function<void(const LaunchOptions&)>;
 
 template <Bug kBug>
@@ -192,6 +202,16 @@ const std::map<std::string, Case>& cases() {
         {"forward wait too few blocks", [](const LaunchOptions& o) { run_forward_wait(o, 1); }},
         {"bf16", [](const LaunchOptions& o) { run_bf16(o, 32); }},
         {"bf16 half a warp", [](const LaunchOptions& o) { run_bf16(o, 16); }},
+        {"misuse none", run_misuse<Misuse::kNone>},
+        {"misuse stale load", run_misuse<Misuse::kStaleLoad>},
+        {"misuse write input", run_misuse<Misuse::kWriteInput>},
+        {"misuse barrier short", run_misuse<Misuse::kBarrierShort>},
+        {"misuse barrier sizes", run_misuse<Misuse::kBarrierSizes>},
+        {"misuse no mbarrier", run_misuse<Misuse::kNoMbarrier>},
+        {"misuse bulk size", run_misuse<Misuse::kBulkSize>},
+        {"misuse bulk in flight", run_misuse<Misuse::kBulkInFlight>},
+        {"misuse shuffle exited", run_misuse<Misuse::kShuffleExited>},
+        {"misuse misaligned copy", run_misuse<Misuse::kMisalignedCopy>},
         {"count", [](const LaunchOptions& o) { run_count(o, 3, 4, 0); }},
         {"count past shared", [](const LaunchOptions& o) { run_count(o, 8, 0, 0); }},
         {"count far past shared", [](const LaunchOptions& o) { run_count(o, 4000, 0, 0); }},
