@@ -48,3 +48,10 @@ def assert_same_function(got: Tensor, want: Tensor, stored_in: torch.dtype = tor
     limit = 16 * FLOORS[stored_in]
     worst = worst_column_error(got, want.double())
     assert worst <= limit, f"worst column error {worst:.2e}, limit {limit:.2e}"
+
+
+def assert_gram_close(got: Tensor, want: Tensor) -> None:
+    """Second moments: an entry may be wrong by 2**-20 of the geometric mean of its two channels' energies."""
+    energy = torch.diagonal(want).double().sqrt()
+    worst = ((got.double() - want.double()).abs() / torch.outer(energy, energy)).max()
+    assert worst <= 2.0**-20, f"error {worst:.2e}, limit {2.0**-20:.2e}"
