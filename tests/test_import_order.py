@@ -14,7 +14,7 @@ from tests.models import save_rosaq
 PACKAGE = Path(rosaq.__file__).parent
 SHARED = {"config", "layout"}
 RUN_TIME = {"reference", "ops", "linear", "checkpoint", "integrations"}
-OFFLINE = {"models", "rotation", "calibrate", "quantizers", "pipeline", "recipes"}
+OFFLINE = {"models", "rotation", "calibrate", "quantizers", "tuning", "pipeline", "recipes"}
 BESIDE = {"text", "evaluation", "report", "doctor", "demo", "cli"}
 
 # part: the parts it may import. "rosaq" is the package itself, which imports ops and integrations.
@@ -31,8 +31,20 @@ MAY_IMPORT = {
     "rotation": {"config", "models"},
     "calibrate": {"config", "layout", "models"},
     "quantizers": {"config", "layout"},
+    "tuning": {"config", "layout", "rotation", "calibrate"},
     "recipes": {"config"},
-    "pipeline": {"config", "layout", "models", "rotation", "calibrate", "quantizers", "recipes", "checkpoint", "text"},
+    "pipeline": {
+        "config",
+        "layout",
+        "models",
+        "rotation",
+        "calibrate",
+        "quantizers",
+        "tuning",
+        "recipes",
+        "checkpoint",
+        "text",
+    },
     "text": set(),
     "evaluation": {"config", "checkpoint", "linear", "text"},
     "report": {"config", "checkpoint"},
