@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rosaq.config import ImportanceSpec, QuantSpec, Recipe, RotationSpec, SalientSpec
+from rosaq.config import ImportanceSpec, QuantSpec, Recipe, RotationSpec, SalientSpec, TuneSpec
 
 _RTN = QuantSpec(method="rtn", clip=False)
 _GPTQ = QuantSpec(method="gptq", clip=True)
 AUTO = -1  # salient directions by the width of the model
-_AUTO_WIDTH = 192  # one direction for so many channels: 0.08 bit per weight where they are kept
+_AUTO_WIDTH = 256  # one direction for so many channels: 0.06 bit per weight where they are kept
 
 RECIPES: dict[str, Recipe] = {
     # the floor: no calibration, no rotation
@@ -26,8 +26,10 @@ RECIPES: dict[str, Recipe] = {
         "rosaq-gptq",
         replace(_GPTQ, refine=3),
         RotationSpec("pca-random", "random", "hadamard"),
-        SalientSpec(AUTO, sites=("residual",)),
+        SalientSpec(AUTO, basis=("values", "hidden"), online=2),
         ImportanceSpec("attention", 0.01),
+        moments="dense",
+        tune=TuneSpec(steps=64),
     ),
 }
 DEFAULT_RECIPE = "rosaq-gptq"
@@ -40,6 +42,7 @@ def make_recipe(
     group_size: int = 64,
     symmetric: bool | None = None,
     salient: int | None = None,
+    importance: str | None = None,
 ) -> Recipe:
     """The recipe `name` at a width; None keeps the recipe's own choice. ValueError for an unknown name or number."""
     if name not in RECIPES:
@@ -54,8 +57,9 @@ def make_recipe(
             raise ValueError(f"salient: got {salient}, need 0 or more")
         if salient and chosen.by == "eigenvalue" and "pca" not in recipe.rotation.residual:
             chosen = replace(chosen, by="energy")  # without principal axes the largest channels are what there is
-        chosen = replace(chosen, count=salient)
-    return replace(recipe, quant=quant, salient=chosen)
+        chosen = replace(chosen, count=salient, online=chosen.online if salient else None)
+    listened = recipe.importance if importance is None else replace(recipe.importance, strategy=importance)
+    return replace(recipe, quant=quant, salient=chosen, importance=listened)
 
 
 def with_counted_salient(recipe: Recipe, hidden: int) -> Recipe:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import BlockModel, Gram, Tokens, importance_from_scores
+from rosaq.calibrate import BlockModel, Gram, Tokens, importance_summary, token_importance
 from rosaq.config import LinearFormat, Recipe
 from rosaq.layout import dequantize
 from rosaq.models import Family, Site
-from rosaq.quantizers import energy_index, quantize_weight
-from rosaq.rotation import BlockRotations, principal_axes, rotate_blocks
+from rosaq.quantizers import NotPositiveDefiniteError, energy_index, quantize_weight, quantize_with_basis
+from rosaq.rotation import BlockRotations, rotate_blocks
+from rosaq.tuning import TunedBlock, TunedLinear, TuningTokens, tune_block
 
 Tensors = dict[str, Tensor]
 
@@ -41,7 +43,9 @@ def formats(recipe: Recipe, family: Family, rotations: BlockRotations) -> dict[s
     result: dict[str, LinearFormat] = {}
     for site in family.sites:
         count = recipe.salient.count_at(site.reads)
-        fmt = replace(plain, num_salient=count, salient="basis" if count and uses_basis(recipe, site) else "index")
+        fmt = replace(
+            plain, num_salient=count, salient="basis" if count and recipe.salient.is_basis(site.reads) else "index"
+        )
         if site.reads == "hidden" and rotations.mlp_out is not None:
             size = rotations.mlp_out.shape
             fmt = replace(fmt, rotation_blocks=size[0], rotation_size=size[1])
@@ -49,77 +53,161 @@ def formats(recipe: Recipe, family: Family, rotations: BlockRotations) -> dict[s
     return result
 
 
-def uses_basis(recipe: Recipe, site: Site) -> bool:
-    """True where the salient directions are projections made online: principal directions that cannot be folded."""
-    return recipe.salient.by == "eigenvalue" and site.reads == "hidden"
+@dataclass(frozen=True)
+class BlockTask:
+    """One block to quantise. weights: folded and rotated, float32, not changed. dtype: of what stays in 16 bits."""
+
+    model: BlockModel
+    index: int
+    weights: Tensors
+    recipe: Recipe
+    rotations: BlockRotations
+    seed: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return self.model.family.block_prefix(self.index)
 
 
-def quantize_block(
-    model: BlockModel, index: int, weights: Tensors, stream: list[Tensor], recipe: Recipe, rotations: BlockRotations
-) -> tuple[Tensors, list[LinearReport]]:
-    """(stored tensors of the block's linears, reports). weights: folded and rotated, float32, not changed.
+@dataclass(frozen=True)
+class Streams:
+    """Tokens that enter a block, batches [batch, length, d]. moments: of the model that `recipe.moments` names, for the
+    second moments; quantised: of the quantised model, for tuning. Empty where the recipe needs none. counts: how often
+    each token occurs in the calibration text, batches [batch, length]."""
 
-    True-sequential: each site's second moments come from a forward pass through the quantised sites before it.
+    moments: list[Tensor]
+    quantised: list[Tensor]
+    counts: list[Tensor]
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """stored: the tensors of the block's linears, as in the checkpoint, and the norms' gains where they were tuned.
+    reports: one per linear. loss: of the block before and after tuning, None without. outputs: of the dense block, if
+    the second moments were measured on its tokens. importance: a summary of the tokens' weights."""
+
+    stored: Tensors
+    reports: list[LinearReport]
+    loss: tuple[float, float] | None
+    outputs: list[Tensor]
+    importance: dict[str, Any] | None
+
+
+def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
+    """Quantise the linears of one block, and tune it if the recipe says so.
+
+    On the dense stream one forward pass serves all sites. On the quantised one they are true-sequential: each site's
+    second moments come from a forward pass through the quantised sites before it.
     """
-    fmts = formats(recipe, model.family, rotations)
-    current, stored, reports = dict(weights), Tensors(), list[LinearReport]()
-    importance = _importance(model, index, weights, stream, recipe)
+    model, recipe, weights = task.model, task.recipe, task.weights
+    fmts = formats(recipe, model.family, task.rotations)
+    current = online(weights, model.family, task.rotations)
+    # once per block, before any of its linears is quantised
+    importance = [
+        token_importance(model, task.index, current, hidden, recipe.importance, counts)
+        for hidden, counts in zip(streams.moments, streams.counts, strict=True)
+    ]
+    grams, outputs, made, loss = dict[str, Tensor](), list[Tensor](), dict[str, Tensors](), None
+    if recipe.moments == "dense":
+        grams = _grams(task, current, streams.moments, importance, model.family.sites, outputs)
     for site in model.family.sites:
-        rotation = rotations.mlp_out if site.reads == "hidden" else None
-        gram = _site_gram(model, index, current, stream, importance, site, rotation) if stream else None
-        done = _quantize_site(site, weights, gram, recipe, rotation)
-        for linear, tensors in done.items():
-            w, w_hat = weights[f"{linear}.weight"], effective_weight(tensors, fmts[linear], rotated=True)
-            reports.append(_report(model, index, linear, w, w_hat, gram, tensors, recipe))
-            current[f"{linear}.weight"] = effective_weight(tensors, fmts[linear])
-            stored |= {f"{linear}.{name}": tensor for name, tensor in tensors.items()}
-            if f"{linear}.bias" in weights:
-                stored[f"{linear}.bias"] = weights[f"{linear}.bias"].to(torch.float16)
-    return stored, reports
+        if streams.moments and site.name not in grams:
+            grams |= _grams(task, current, streams.moments, importance, [site])
+        try:
+            made |= _quantize_site(site, weights, grams.get(site.name), recipe, task.rotations)
+        except NotPositiveDefiniteError as error:
+            raise NotPositiveDefiniteError(f"{task.name}{site.linears[0]}: {error}") from error
+        for linear in site.linears:
+            current[f"{linear}.weight"] = effective_weight(made[linear], fmts[linear])
+    gains: Tensors = {}
+    if recipe.tune.steps:
+        made, gains, loss = _tune(task, streams.quantised, outputs, importance, made, fmts)
+    reports = [_report(task, linear, grams.get(s.name), made) for s in model.family.sites for linear in s.linears]
+    stored = {f"{linear}.{name}": tensor for linear, tensors in made.items() for name, tensor in tensors.items()}
+    biases = {f"{linear}.bias" for linear in made} & weights.keys()
+    stored |= {name: weights[name].to(torch.float16) for name in sorted(biases)}
+    return BlockResult(stored | gains, reports, loss, outputs, importance_summary(importance))
 
 
-def _importance(
-    model: BlockModel, index: int, weights: Tensors, stream: list[Tensor], recipe: Recipe
-) -> list[Tensor | None]:
-    """Importance [tokens] of every batch of the stream, once per block, before any of its linears is quantised."""
-    if recipe.importance.strategy == "uniform":
-        return [None] * len(stream)
-    scores = (model.attention_received(index, weights, hidden) for hidden in stream)
-    return [importance_from_scores(s, recipe.importance.floor).flatten() for s in scores]
+def _tune(
+    task: BlockTask,
+    stream: list[Tensor],
+    targets: list[Tensor],
+    importance: list[Tensor | None],
+    made: dict[str, Tensors],
+    fmts: dict[str, LinearFormat],
+) -> tuple[dict[str, Tensors], Tensors, tuple[float, float]]:
+    """(what each linear stores, the norms' gains as stored, loss before and after) of the tuned block."""
+    model, spec = task.model, task.recipe.tune
+    inputs = torch.cat(stream)
+    weight = None if importance[0] is None else torch.cat([w for w in importance if w is not None])
+    weight = None if weight is None else weight.view(inputs.shape[:2])
+    linears = {name: TunedLinear(task.weights[f"{name}.weight"], made[name], fmts[name]) for name in made}
+    norms = {f"{site.norm}.weight" for site in model.family.sites if site.norm}
+    gains = {name: task.weights[name] for name in sorted(norms)}
+    others = {n: t for n, t in task.weights.items() if n not in gains and n.removesuffix(".weight") not in linears}
+    block = TunedBlock(linears, gains, others, task.dtype)
+    tokens = TuningTokens(inputs, torch.cat(targets), weight)
+    loss = tune_block(model, task.index, block, tokens, spec, task.seed * 2**16 + task.index)
+    tuned = {name: linear.stored() for name, linear in linears.items()}
+    return tuned, {name: gain.detach().to(task.dtype) for name, gain in block.gains().items()}, loss
 
 
-def _site_gram(
-    model: BlockModel,
-    index: int,
+def online(weights: Tensors, family: Family, rotations: BlockRotations) -> Tensors:
+    """A copy of a rotated block's weights as plain modules run them: the online rotation is inside the weights."""
+    result = dict(weights)
+    if rotations.mlp_out is not None:
+        back = rotations.mlp_out.float().transpose(-1, -2)
+        for linear in family.site_reading("hidden").linears:
+            result[f"{linear}.weight"] = rotate_blocks(weights[f"{linear}.weight"], back)
+    return result
+
+
+def _grams(
+    task: BlockTask,
     current: Tensors,
     stream: list[Tensor],
     importance: list[Tensor | None],
-    site: Site,
-    rotation: Tensor | None,
-) -> Tensor:
-    gram = Gram(current[f"{site.linears[0]}.weight"].shape[1])
+    sites: Sequence[Site],
+    outputs: list[Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """{site name: second moments [k, k] of its input}, from one forward pass. It ends at the last of the sites, or goes
+    on to the block's outputs, which are then appended to `outputs`."""
+    rotation, chosen = task.rotations.mlp_out, task.recipe.importance.sites
+
+    def listens(site: Site) -> bool:
+        return not chosen or site.name in chosen
+
+    grams = {site.name: Gram(current[f"{site.linears[0]}.weight"].shape[1]) for site in sites}
     for hidden, weight in zip(stream, importance, strict=True):
-        found, _ = model.inputs_of(index, current, hidden, [site])
-        x = found[site.name].flatten(0, -2)
-        try:
-            gram.add_tokens(Tokens(x if rotation is None else rotate_blocks(x, rotation), weight))
-        except ValueError as error:
-            raise ValueError(f"{model.family.block_prefix(index)}{site.linears[0]}: {error}") from error
-    return gram.mean()
+        found, out = task.model.inputs_of(task.index, current, hidden, sites, stop=outputs is None)
+        if outputs is not None and out is not None:
+            outputs.append(out)
+        for site in sites:
+            x = found[site.name].flatten(0, -2)
+            if site.reads == "hidden" and rotation is not None:
+                x = rotate_blocks(x, rotation)
+            try:
+                grams[site.name].add_tokens(Tokens(x, weight if listens(site) else None))
+            except ValueError as error:
+                raise ValueError(f"{task.name}{site.linears[0]}: {error}") from error
+    return {name: gram.mean() for name, gram in grams.items()}
 
 
 def _quantize_site(
-    site: Site, weights: Tensors, gram: Tensor | None, recipe: Recipe, rotation: Tensor | None
+    site: Site, weights: Tensors, gram: Tensor | None, recipe: Recipe, rotations: BlockRotations
 ) -> dict[str, Tensors]:
     """Quantise the linears of a site as one stacked matrix (rows are independent), and cut the result."""
+    rotation = rotations.mlp_out if site.reads == "hidden" else None
     w = torch.cat([weights[f"{linear}.weight"] for linear in site.linears])
     count = recipe.salient.count_at(site.reads)
-    by_basis = bool(count) and uses_basis(recipe, site)
-    salient_index = _salient_index(site, gram, recipe, count) if count and not by_basis else None
-    tensors = quantize_weight(w, gram, recipe.quant, salient_index)
-    if by_basis:
+    if count and recipe.salient.is_basis(site.reads):
         assert gram is not None
-        tensors |= _basis(w, tensors, gram, recipe, count)
+        tensors = quantize_with_basis(w, gram, recipe.quant, count)
+    else:
+        index = _salient_index(site, gram, recipe, count) if count else None
+        tensors = quantize_weight(w, gram, recipe.quant, index)
     if rotation is not None:
         tensors["rotation"] = rotation
     shared = ("salient_index", "salient_basis", "rotation")
@@ -138,14 +226,6 @@ def _salient_index(site: Site, gram: Tensor | None, recipe: Recipe, count: int) 
     return energy_index(gram, count)  # in principal axes of the heads the channel energies are the eigenvalues
 
 
-def _basis(w: Tensor, tensors: Tensors, gram: Tensor, recipe: Recipe, count: int) -> Tensors:
-    """U = top eigenvectors of gram [k, r] and C = (W - Ŵ) U [n, r]: exact on the span of U, whatever Ŵ is."""
-    _, axes = principal_axes(gram)
-    basis = axes[:, :count].to(torch.float16)
-    w_hat = dequantize(tensors["qweight"], tensors["scales"], tensors.get("zeros"), recipe.quant.bits)
-    return {"salient_weight": ((w - w_hat).double() @ basis.double()).to(torch.float16), "salient_basis": basis}
-
-
 def effective_weight(tensors: Tensors, fmt: LinearFormat, *, rotated: bool = False) -> Tensor:
     """The dense [n, k] float32 weight that the stored tensors stand for, acting on x (on t = x R if `rotated`)."""
     w = dequantize(tensors["qweight"], tensors["scales"], tensors.get("zeros"), fmt.bits).float()
@@ -158,25 +238,18 @@ def effective_weight(tensors: Tensors, fmt: LinearFormat, *, rotated: bool = Fal
     return w
 
 
-def _report(
-    model: BlockModel,
-    index: int,
-    linear: str,
-    w: Tensor,
-    w_hat: Tensor,
-    gram: Tensor | None,
-    tensors: Tensors,
-    recipe: Recipe,
-) -> LinearReport:
-    wide, error = w.double(), (w_hat - w).double()
+def _report(task: BlockTask, linear: str, gram: Tensor | None, made: dict[str, Tensors]) -> LinearReport:
+    fmt = formats(task.recipe, task.model.family, task.rotations)[linear]
+    w, tensors = task.weights[f"{linear}.weight"], made[linear]
+    wide, error = w.double(), (effective_weight(tensors, fmt, rotated=True) - w).double()
     if gram is None:
         signal, noise = wide.square().sum(), error.square().sum()
     else:
         signal, noise = ((wide @ gram) * wide).sum(), ((error @ gram) * error).sum()
     return LinearReport(
-        name=model.family.block_prefix(index) + linear,
-        bits=recipe.quant.bits,
-        num_salient=tensors["salient_weight"].shape[1] if "salient_weight" in tensors else 0,
+        name=task.name + linear,
+        bits=fmt.bits,
+        num_salient=fmt.num_salient,
         bits_per_weight=8 * sum(t.nbytes for t in tensors.values()) / w.numel(),
         sqnr_db=float(10 * torch.log10(signal / noise.clamp_min(1e-300))),
         measured_on="weights" if gram is None else "outputs",

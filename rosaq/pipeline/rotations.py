@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import Gram, Tokens
+from rosaq.calibrate import Gram, Tokens, token_importance
 from rosaq.config import Recipe
 from rosaq.pipeline.source import DenseModel
 from rosaq.rotation import (
@@ -49,12 +49,19 @@ class Rotations:
 
 
 def choose_rotations(
-    model: DenseModel, recipe: Recipe, stream: list[Tensor], seed: int, progress: Callable[[int], None]
+    model: DenseModel,
+    recipe: Recipe,
+    stream: list[Tensor],
+    counts: list[Tensor],
+    seed: int,
+    progress: Callable[[int], None],
 ) -> Rotations:
-    """The rotations of every block. stream: hidden states [batch, length, d] after the embedding (needed for PCA
-    only). progress is called with the number of each block that was measured."""
+    """The rotations of every block. stream: hidden states [batch, length, d] after the embedding, and the counts
+    [batch, length] of their tokens (needed for PCA only). progress is called with each block that was measured."""
     spec, sizes = recipe.rotation, model.blocks.sizes
-    grams = _measure(model, recipe, stream, progress) if "pca" in spec.residual or spec.values == "pca" else None
+    grams = (
+        _measure(model, recipe, stream, counts, progress) if "pca" in spec.residual or spec.values == "pca" else None
+    )
     residual, spectrum, values = None, None, None
     if spec.residual == "random":
         residual = random_orthogonal(sizes.hidden, _generator(seed, "residual"))
@@ -84,8 +91,14 @@ class _Grams:
     values: list[Tensor]  # per block [num_kv_heads, head_dim, head_dim]
 
 
-def _measure(model: DenseModel, recipe: Recipe, stream: list[Tensor], progress: Callable[[int], None]) -> _Grams:
-    """Second moments of the dense model's normalised residual stream and value heads, over all blocks."""
+def _measure(
+    model: DenseModel, recipe: Recipe, stream: list[Tensor], counts: list[Tensor], progress: Callable[[int], None]
+) -> _Grams:
+    """Second moments of the dense model's normalised residual stream and value heads, over all blocks.
+
+    Importance counts here too: an attention sink is one token of hundreds, and plain second moments give its direction
+    no principal axis (DESIGN.md, "The sink is a salient direction").
+    """
     family, sizes = model.blocks.family, model.blocks.sizes
     wanted = [site for site in family.sites if site.reads == "residual"]
     if recipe.rotation.values == "pca":
@@ -95,13 +108,14 @@ def _measure(model: DenseModel, recipe: Recipe, stream: list[Tensor], progress: 
         weights = fold_norms(model.block(index), family)
         heads = [Gram(sizes.head_dim) for _ in range(sizes.num_kv_heads)]
         for i, hidden in enumerate(stream):
+            importance = token_importance(model.blocks, index, weights, hidden, recipe.importance, counts[i])
             inputs, out = model.blocks.inputs_of(index, weights, hidden, wanted, stop=False)
             assert out is not None
             stream[i] = out
             for site in wanted:
                 x = inputs[site.name].flatten(0, -2)
                 if site.reads == "residual":
-                    residual.add_tokens(Tokens(x))
+                    residual.add_tokens(Tokens(x, importance))
                 else:
                     _add_heads(heads, x, sizes.head_dim)
         if recipe.rotation.values == "pca":

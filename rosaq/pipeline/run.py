@@ -18,8 +18,16 @@ from torch import Tensor
 from rosaq.calibrate import BlockModel
 from rosaq.checkpoint import bits_per_weight, total_bytes
 from rosaq.config import CalibrationSpec, LinearFormat, Recipe
-from rosaq.pipeline.assemble import write_checkpoint
-from rosaq.pipeline.block import LinearReport, effective_weight, formats, quantize_block
+from rosaq.pipeline.assemble import Report, write_checkpoint
+from rosaq.pipeline.block import (
+    BlockTask,
+    LinearReport,
+    Streams,
+    effective_weight,
+    formats,
+    online,
+    quantize_block,
+)
 from rosaq.pipeline.probe import MAX_TOKENS, Probe, check_equal
 from rosaq.pipeline.rotations import Rotations, choose_rotations
 from rosaq.pipeline.source import DenseModel, local_directory
@@ -29,6 +37,7 @@ from rosaq.rotation import fold_norms, rotate_block, rotate_rows
 from rosaq.text import builtin_text, token_windows
 
 Tensors = dict[str, Tensor]
+_AXES_TOKENS = 16384  # that principal axes are measured on, in every block: more do not move the few that are kept
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ def quantize(
     group_size: int = 64,
     symmetric: bool | None = None,
     salient: int | None = None,
+    importance: str | None = None,
     calibration: list[str] | None = None,
     spec: CalibrationSpec | None = None,
     force: bool = False,
@@ -77,7 +87,8 @@ def quantize(
 ) -> QuantizeResult:
     """Quantise the model in directory (or of hub name) `model` into the new directory `output`.
 
-    symmetric, salient: None keeps the recipe's choice. calibration: documents (None: prose that Python carries).
+    symmetric, salient, importance: None keeps the recipe's choice. calibration: documents (None: prose that Python
+    carries).
     Memory holds one block, the token stream and one shard. `output` appears complete or not at all; an interrupted
     run continues with `resume` and ends bit-identical.
 
@@ -85,7 +96,9 @@ def quantize(
     """
     started = time.monotonic()
     output = Path(output)
-    chosen = make_recipe(recipe, bits=bits, group_size=group_size, symmetric=symmetric, salient=salient)
+    chosen = make_recipe(
+        recipe, bits=bits, group_size=group_size, symmetric=symmetric, salient=salient, importance=importance
+    )
     spec = spec or CalibrationSpec()
     check_output(output, force=force)
     dense = DenseModel(local_directory(model))
@@ -104,7 +117,7 @@ def quantize(
         run.choose_rotations()
         run.quantize_blocks()
         error = run.check_logits()
-        write_checkpoint(dense, chosen, run.rotations, run.reports, work, error)
+        write_checkpoint(dense, chosen, run.rotations, Report(run.reports, run.blocks, error), work)
         report("write", dense.blocks.sizes.num_blocks)
         work.commit()
     except BaseException:
@@ -139,6 +152,7 @@ class _Run:
         self._ids = input_ids
         self.rotations = Rotations(None, None, None, None)
         self.reports: list[LinearReport] = []
+        self.blocks: list[dict[str, Any]] = []
         self._probe: Probe | None = None
 
     def choose_rotations(self) -> None:
@@ -146,9 +160,15 @@ class _Run:
         if saved is not None:
             self.rotations = Rotations.from_tensors(saved[0])
             return
-        stream = self._stream(None) if self._recipe.needs_tokens else []
+        enough = max(1, _AXES_TOKENS // (self._spec.batch_size * self._spec.sequence_length))
+        stream = self._stream(None)[:enough] if self._recipe.needs_tokens else []
         self.rotations = choose_rotations(
-            self._dense, self._recipe, stream, self._spec.seed, lambda block: self._report("axes", block)
+            self._dense,
+            self._recipe,
+            stream,
+            self._counts(),
+            self._spec.seed,
+            lambda block: self._report("axes", block),
         )
         self._work.save("rotations", self.rotations.to_tensors(), {})
 
@@ -156,44 +176,69 @@ class _Run:
         """All blocks in order; the finished ones of an earlier run are read back instead of made again."""
         model, family = self._dense.blocks, self._dense.blocks.family
         stream = self._stream(self.rotations.residual) if self._recipe.needs_tokens else []
+        streams = Streams(stream, list(stream) if self._recipe.tune.steps else [], self._counts()[: len(stream)])
         if not self._recipe.rotation.is_identity:
             ids = self._ids[:1, :MAX_TOKENS]
             self._probe = Probe(self._embed(ids, None), self._embed(ids, self.rotations.residual))
         finished = self._work.num_finished_blocks()
         for index in range(model.sizes.num_blocks):
-            rotations = self.rotations.of_block(index)
             name = block_name(index)
-            if index >= finished:
-                self._quantize_block(index, stream)
+            outputs = self._quantize_block(index, streams) if index >= finished else []
             saved = self._work.load(name)
             assert saved is not None
             tensors, values = saved
             self.reports += [LinearReport(**r) for r in values["reports"]]
+            self.blocks.append({key: values[key] for key in ("tuned", "importance")})
             if "probe.dense" in tensors:
                 self._probe = Probe(tensors.pop("probe.dense"), tensors.pop("probe.rotated"))
-            runnable = _runnable(tensors, formats(self._recipe, family, rotations))
-            for i, hidden in enumerate(stream):
-                stream[i] = model.run(index, runnable, hidden)
-                if not torch.isfinite(stream[i]).all():
-                    raise ValueError(
-                        f"activations: {family.block_prefix(index)[:-1]}: got NaN or Inf after quantising it"
-                    )
+            runnable = _runnable(tensors, formats(self._recipe, family, self.rotations.of_block(index)))
+            self._advance(index, streams, outputs, runnable)
             self._report("blocks", index, _mean_db(self.reports, len(values["reports"])))
 
-    def _quantize_block(self, index: int, stream: list[Tensor]) -> None:
+    def _advance(self, index: int, streams: Streams, outputs: list[Tensor], quantised: Tensors) -> None:
+        """The streams through block `index`: that of the second moments is `outputs` where they are known already."""
+        if outputs:
+            streams.moments[:] = outputs
+        elif self._recipe.moments == "dense":
+            weights = online(self._rotated(index), self._dense.blocks.family, self.rotations.of_block(index))
+            self._through(index, streams.moments, weights)
+        else:
+            self._through(index, streams.moments, quantised)
+        self._through(index, streams.quantised, quantised)
+
+    def _through(self, index: int, stream: list[Tensor], tensors: Tensors) -> None:
+        name = self._dense.blocks.family.block_prefix(index)[:-1]
+        for i, hidden in enumerate(stream):
+            stream[i] = self._dense.blocks.run(index, tensors, hidden)
+            if not torch.isfinite(stream[i]).all():
+                raise ValueError(f"activations: {name}: got NaN or Inf after quantising it")
+
+    def _quantize_block(self, index: int, streams: Streams) -> list[Tensor]:
+        """Save the block; the outputs of the dense one, where they were computed on the way."""
         model, rotations = self._dense.blocks, self.rotations.of_block(index)
-        dense = self._dense.block(index)
-        weights = dense
-        if not self._recipe.rotation.is_identity:
-            weights = rotate_block(fold_norms(dense, model.family), rotations, model.family, model.sizes)
-        stored, reports = quantize_block(model, index, weights, stream, self._recipe, rotations)
+        weights, dtype = self._rotated(index), self._dense.dtype
+        task = BlockTask(model, index, weights, self._recipe, rotations, self._spec.seed, dtype)
+        result = quantize_block(task, streams)
+        stored = result.stored
         for name, tensor in weights.items():
-            if name.rpartition(".")[0] not in model.family.linears:
+            if name not in stored and name.rpartition(".")[0] not in model.family.linears:
                 stored[name] = self._dense.to_storage(tensor, model.family.block_prefix(index) + name)
         if self._probe is not None:
-            probe = self._probe.step(model, index, dense, weights, rotations)
+            probe = self._probe.step(model, index, self._dense.block(index), weights, rotations)
             stored |= {"probe.dense": probe.dense, "probe.rotated": probe.rotated}
-        self._work.save(block_name(index), stored, {"reports": [r.to_dict() for r in reports]})
+        self._work.save(
+            block_name(index),
+            stored,
+            {"reports": [r.to_dict() for r in result.reports], "tuned": result.loss, "importance": result.importance},
+        )
+        return result.outputs
+
+    def _rotated(self, index: int) -> Tensors:
+        """The weights of block `index`, norms folded and rotations applied (as they are where the recipe has none)."""
+        model, dense = self._dense.blocks, self._dense.block(index)
+        if self._recipe.rotation.is_identity:
+            return dense
+        return rotate_block(fold_norms(dense, model.family), self.rotations.of_block(index), model.family, model.sizes)
 
     def check_logits(self) -> float | None:
         """Largest relative logit difference of the probe; None where nothing was rotated."""
@@ -208,6 +253,11 @@ class _Run:
     def _embed(self, input_ids: Tensor, residual: Tensor | None) -> Tensor:
         rows = self._dense.get(self._dense.embedding_name)
         return self._dense.blocks.embed(rows if residual is None else rotate_rows(rows, residual), input_ids)
+
+    def _counts(self) -> list[Tensor]:
+        """How often each calibration token occurs, in the batches of the stream."""
+        counts = torch.bincount(self._ids.flatten())[self._ids]
+        return list(counts.split(self._spec.batch_size))
 
     def _stream(self, residual: Tensor | None) -> list[Tensor]:
         """Hidden states after the embedding, one tensor [batch, length, hidden] per batch."""
@@ -239,7 +289,11 @@ def _windows(dense: DenseModel, calibration: list[str] | None, spec: Calibration
 
     tokenizer = AutoTokenizer.from_pretrained(dense.directory)
     documents = builtin_text("calibration") if calibration is None else calibration
-    return token_windows(tokenizer, documents, spec.num_sequences, spec.sequence_length, spec.seed)
+    ids = token_windows(tokenizer, documents, spec.num_sequences, spec.sequence_length, spec.seed)
+    if spec.sequence_length > 1 and not (ids != ids[:, :1]).any():
+        raise ValueError(f"calibration: got {len(ids)} sequences of one repeated token each, need text")
+    # RSQ's expansion: what an attention sink or an early position hides in one copy is in plain sight in another
+    return torch.cat([ids.roll(k * spec.sequence_length // spec.expansion, 1) for k in range(spec.expansion)])
 
 
 def _request(dense: DenseModel, recipe: Recipe, spec: CalibrationSpec, input_ids: Tensor) -> dict[str, Any]:
