@@ -216,15 +216,26 @@ class SalientSpec:
             rotation makes them, an online basis at the MLP's hidden layer);
             "energy": the input channels with the largest second moment (baseline; no rotation needed).
     sites   which sites keep them, by what they read ("residual", "values", "hidden").
+    basis   where they are an online basis, made of the site's own principal directions: sites whose input no rotation
+            folds into; the others keep channels. (Only by "eigenvalue".)
+    online  directions at the sites of `basis`, where that is another number than `count`.
     """
 
     count: int = 0
     by: Literal["eigenvalue", "energy"] = "eigenvalue"
     sites: tuple[str, ...] = ("residual", "values", "hidden")
+    basis: tuple[str, ...] = ("hidden",)
+    online: int | None = None
 
     def count_at(self, reads: str) -> int:
         """Directions kept at a site that reads `reads`."""
-        return self.count if reads in self.sites else 0
+        if reads not in self.sites:
+            return 0
+        return self.online if self.online is not None and self.is_basis(reads) else self.count
+
+    def is_basis(self, reads: str) -> bool:
+        """True where the directions are projections made online."""
+        return self.by == "eigenvalue" and reads in self.basis
 
 
 @dataclass(frozen=True)
@@ -275,13 +286,18 @@ class CalibrationSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named way from a dense model to a quantised one."""
+    """A named way from a dense model to a quantised one.
+
+    moments   whose tokens the second moments are measured on: "quantised", of the model whose earlier blocks and sites
+              are quantised already (as GPTQ does), or "dense", of the original (one forward pass instead of four).
+    """
 
     name: str
     quant: QuantSpec
     rotation: RotationSpec = RotationSpec()
     salient: SalientSpec = SalientSpec()
     importance: ImportanceSpec = ImportanceSpec()
+    moments: Literal["quantised", "dense"] = "quantised"
 
     @property
     def needs_tokens(self) -> bool:

@@ -9,7 +9,7 @@ from rosaq.config import ImportanceSpec, QuantSpec, Recipe, RotationSpec, Salien
 _RTN = QuantSpec(method="rtn", clip=False)
 _GPTQ = QuantSpec(method="gptq", clip=True)
 AUTO = -1  # salient directions by the width of the model
-_AUTO_WIDTH = 192  # one direction for so many channels: 0.08 bit per weight where they are kept
+_AUTO_WIDTH = 256  # one direction for so many channels: 0.06 bit per weight where they are kept
 
 RECIPES: dict[str, Recipe] = {
     # the floor: no calibration, no rotation
@@ -26,7 +26,7 @@ RECIPES: dict[str, Recipe] = {
         "rosaq-gptq",
         replace(_GPTQ, refine=3),
         RotationSpec("pca-random", "random", "hadamard"),
-        SalientSpec(AUTO, sites=("residual",)),
+        SalientSpec(AUTO, basis=("values", "hidden"), online=2),
         ImportanceSpec("attention", 0.01),
     ),
 }
@@ -54,7 +54,7 @@ def make_recipe(
             raise ValueError(f"salient: got {salient}, need 0 or more")
         if salient and chosen.by == "eigenvalue" and "pca" not in recipe.rotation.residual:
             chosen = replace(chosen, by="energy")  # without principal axes the largest channels are what there is
-        chosen = replace(chosen, count=salient)
+        chosen = replace(chosen, count=salient, online=chosen.online if salient else None)
     return replace(recipe, quant=quant, salient=chosen)
 
 

@@ -138,6 +138,8 @@ def make_linear(
     codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
     scales = ((torch.rand(n, groups) + 0.5) / (2**bits * k**0.5)).to(getattr(torch, scale_dtype))
     zeros = None if symmetric else torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8)
+    if symmetric:  # their scales have a sign, which puts the extra level above or below zero
+        scales = scales * (torch.randint(0, 2, (n, groups)) * 2 - 1)
     names = ("salient_weight", "salient_index", "salient_basis", "rotation", "bias")
     fmt = LinearFormat(bits=bits, group_size=group_size, symmetric=symmetric)
     return Linear(fmt, ops.pack(codes, bits), scales, zeros, dict.fromkeys(names))

@@ -7,7 +7,14 @@ import torch
 
 from rosaq.config import QuantSpec
 from rosaq.layout import dequantize, unpack
-from rosaq.quantizers import NotPositiveDefiniteError, energy_index, fit_grid, gptq, quantize_weight
+from rosaq.quantizers import (
+    NotPositiveDefiniteError,
+    energy_index,
+    fit_grid,
+    gptq,
+    quantize_weight,
+    quantize_with_basis,
+)
 from rosaq.quantizers.grid import Grid, from_codes, to_codes
 from rosaq.quantizers.refine import refine, refit_scales, sweep_codes
 from rosaq.quantizers.salient import salient_mask
@@ -64,11 +71,10 @@ def test_stored_tensors_have_the_disk_shapes_and_bound_the_error(spec):
     bulk = dequantize(tensors["qweight"], tensors["scales"], tensors.get("zeros"), spec.bits)
     assert torch.equal(bulk[:, salient], torch.zeros(N, 3))  # salient columns dequantise to exactly 0
     if spec.method == "rtn" and not spec.clip:
-        step = tensors["scales"].float().repeat_interleave(K // groups, 1)
-        outside = 1.0 if spec.symmetric else 0.51  # symmetric grids have no code for the upper end
+        step = tensors["scales"].float().abs().repeat_interleave(K // groups, 1)
         error = (w_hat(tensors, spec) - w).abs()
         error[:, salient] = 0
-        assert bool((error <= outside * step + 1e-3).all())
+        assert bool((error <= 0.51 * step + 1e-3).all())
 
 
 def test_a_weight_on_the_grid_comes_back_exactly():
@@ -95,6 +101,20 @@ def test_the_clip_search_never_loses_to_min_max():
     for weights in (False, True):
         assert bool((error(True, weights) <= error(False, weights)).all())
         assert error(True, weights).sum() < error(False, weights).sum()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_the_sign_of_a_symmetric_scale_puts_the_extra_level_on_the_long_side(clip):
+    w = gaussian(N, 2, 64).abs() * torch.tensor([1.0, -1.0])[:, None]  # one group above zero, one below
+    w[..., 0] = -w[..., 1] / 10
+    grid = fit_grid(w, QuantSpec(symmetric=True, clip=clip))
+    assert bool((grid.scale[:, 0] < 0).all())
+    assert bool((grid.scale[:, 1] > 0).all())
+    assert bool((grid.zero == 4).all())
+    mirrored = fit_grid(-w, QuantSpec(symmetric=True, clip=clip))
+    assert torch.equal(mirrored.scale, -grid.scale)
+    if not clip:  # four levels on the long side reach its end
+        assert_close_in(grid.scale.abs() * 4, w.abs().amax(-1), torch.float16)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -160,6 +180,28 @@ def test_salient_columns_receive_the_least_squares_correction():
     assert residual[:, salient].abs().max() < 1e-4 * residual.abs().max()
     quantized[:, salient] = w[:, salient]
     assert loss(w, with_correction, gram) < loss(w, quantized, gram)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_basis_is_exact_on_the_directions_with_most_energy(method):
+    w, gram = gaussian(N, K), correlated_gram()
+    sink = torch.nn.functional.normalize(gaussian(K, seed=5).double(), dim=0)
+    gram = gram + 1e3 * torch.outer(sink, sink)
+    spec = QuantSpec(group_size=32, method=method, clip=False)
+    tensors = quantize_with_basis(w, gram, spec, 2)
+    assert tensors["salient_basis"].shape == (K, 2)
+    assert tensors["salient_weight"].shape == (N, 2)
+    basis = tensors["salient_basis"].double()
+    assert (basis[:, 0] @ sink).abs() > 0.999
+    bulk = w_hat(tensors, spec).double()
+    whole = bulk + tensors["salient_weight"].double() @ basis.T
+    assert_close_in(whole @ basis[:, :1], w.double() @ basis[:, :1], torch.float16)
+    assert loss(w, whole, gram) < 0.5 * loss(w, bulk, gram)
+    if method == "gptq":  # codes chosen with the direction taken care of lose less than codes that had to care for it
+        plain = dequantize(*(quantize_weight(w, gram, spec)[key] for key in ("qweight", "scales", "zeros")), 3)
+        cross = gram @ basis
+        patched = plain.double() + (w - plain).double() @ cross @ torch.linalg.inv(basis.T @ cross) @ basis.T
+        assert loss(w, whole, gram) < loss(w, patched, gram)
 
 
 def test_rows_are_independent():

@@ -63,11 +63,11 @@ def test_pca_random_tail_keeps_principal_axes_and_mixes_the_rest():
 
 
 @pytest.mark.parametrize(
-    ("k", "n", "size"), [(1536, 576, 64), (14336, 4096, 128), (576, 4096, 64), (96, 4096, 32), (128, 64, 16)]
+    ("k", "n", "size"), [(1536, 576, 32), (14336, 4096, 128), (576, 4096, 64), (96, 4096, 32), (128, 64, 16)]
 )
 def test_shared_hadamard_block_divides_inverts_and_is_cheap(k, n, size):
     block = shared_hadamard_block(k, n)
-    assert size == 16 or 16 * block.numel() <= 0.1 * n * k
+    assert size == 16 or 16 * block.numel() <= 0.05 * n * k
     assert block.shape == (1, size, size)
     assert block.dtype == torch.float16
     assert_tight(block[0].double() @ inverse_transpose(block)[0].T, eye(size))

@@ -57,3 +57,10 @@ def assert_mma_close(got: Tensor, want: Tensor) -> None:
     limit = 2.0**-18
     worst = float((got.double() - want.double()).abs().max())
     assert worst <= limit, f"worst error {worst:.2e}, limit {limit:.2e}"
+
+
+def assert_gram_close(got: Tensor, want: Tensor) -> None:
+    """Second moments: an entry may be wrong by 2**-20 of the geometric mean of its two channels' energies."""
+    energy = torch.diagonal(want).double().sqrt()
+    worst = ((got.double() - want.double()).abs() / torch.outer(energy, energy)).max()
+    assert worst <= 2.0**-20, f"error {worst:.2e}, limit {2.0**-20:.2e}"

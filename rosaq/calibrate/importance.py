@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rosaq.calibrate.blocks import BlockModel
+from rosaq.config import ImportanceSpec
+
 
 def importance_from_scores(scores: Tensor, floor: float) -> Tensor:
     """Raw scores [batch, length] -> importance [batch, length] with mean 1 in every sequence.
@@ -17,3 +20,13 @@ def importance_from_scores(scores: Tensor, floor: float) -> Tensor:
     spread = (high - low).clamp_min(1e-30)  # equal scores: everything at the floor, which the mean makes 1 again
     importance = floor + (1 - floor) * (scores - low) / spread
     return importance / importance.mean(-1, keepdim=True)
+
+
+def token_importance(
+    model: BlockModel, index: int, weights: dict[str, Tensor], hidden: Tensor, spec: ImportanceSpec
+) -> Tensor | None:
+    """Importance [batch * length] of the tokens hidden [batch, length, d] that enter block `index`; None: all equal."""
+    if spec.strategy == "uniform":
+        return None
+    scores = model.attention_received(index, weights, hidden)
+    return importance_from_scores(scores, spec.floor).flatten()

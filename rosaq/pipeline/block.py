@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import BlockModel, Gram, Tokens, importance_from_scores
+from rosaq.calibrate import BlockModel, Gram, Tokens, token_importance
 from rosaq.config import LinearFormat, Recipe
 from rosaq.layout import dequantize
 from rosaq.models import Family, Site
-from rosaq.quantizers import energy_index, quantize_weight
-from rosaq.rotation import BlockRotations, principal_axes, rotate_blocks
+from rosaq.quantizers import energy_index, quantize_weight, quantize_with_basis
+from rosaq.rotation import BlockRotations, rotate_blocks
 
 Tensors = dict[str, Tensor]
 
@@ -41,7 +42,9 @@ def formats(recipe: Recipe, family: Family, rotations: BlockRotations) -> dict[s
     result: dict[str, LinearFormat] = {}
     for site in family.sites:
         count = recipe.salient.count_at(site.reads)
-        fmt = replace(plain, num_salient=count, salient="basis" if count and uses_basis(recipe, site) else "index")
+        fmt = replace(
+            plain, num_salient=count, salient="basis" if count and recipe.salient.is_basis(site.reads) else "index"
+        )
         if site.reads == "hidden" and rotations.mlp_out is not None:
             size = rotations.mlp_out.shape
             fmt = replace(fmt, rotation_blocks=size[0], rotation_size=size[1])
@@ -49,63 +52,77 @@ def formats(recipe: Recipe, family: Family, rotations: BlockRotations) -> dict[s
     return result
 
 
-def uses_basis(recipe: Recipe, site: Site) -> bool:
-    """True where the salient directions are projections made online: principal directions that cannot be folded."""
-    return recipe.salient.by == "eigenvalue" and site.reads == "hidden"
+@dataclass(frozen=True)
+class BlockResult:
+    """stored: the tensors of the block's linears, as in the checkpoint. reports: one per linear."""
+
+    stored: Tensors
+    reports: list[LinearReport]
 
 
 def quantize_block(
     model: BlockModel, index: int, weights: Tensors, stream: list[Tensor], recipe: Recipe, rotations: BlockRotations
-) -> tuple[Tensors, list[LinearReport]]:
-    """(stored tensors of the block's linears, reports). weights: folded and rotated, float32, not changed.
+) -> BlockResult:
+    """Quantise the linears of one block. weights: folded and rotated, float32, not changed. stream: the tokens that
+    enter it, of the model that `recipe.moments` names; empty for a recipe without calibration.
 
-    True-sequential: each site's second moments come from a forward pass through the quantised sites before it.
+    On the dense stream one forward pass serves all sites. On the quantised one they are true-sequential: each site's
+    second moments come from a forward pass through the quantised sites before it.
     """
     fmts = formats(recipe, model.family, rotations)
-    current, stored, reports = dict(weights), Tensors(), list[LinearReport]()
-    importance = _importance(model, index, weights, stream, recipe)
+    current, stored, reports = online(weights, model.family, rotations), Tensors(), list[LinearReport]()
+    # once per block, before any of its linears is quantised
+    importance = [token_importance(model, index, current, hidden, recipe.importance) for hidden in stream]
+
+    def measure(*sites: Site) -> dict[str, Tensor]:
+        return _grams(model, index, current, stream, importance, sites, rotations) if stream else {}
+
+    grams = measure(*model.family.sites) if recipe.moments == "dense" else {}
     for site in model.family.sites:
-        rotation = rotations.mlp_out if site.reads == "hidden" else None
-        gram = _site_gram(model, index, current, stream, importance, site, rotation) if stream else None
-        done = _quantize_site(site, weights, gram, recipe, rotation)
+        gram = (grams or measure(site)).get(site.name)
+        done = _quantize_site(site, weights, gram, recipe, rotations.mlp_out if site.reads == "hidden" else None)
         for linear, tensors in done.items():
             w, w_hat = weights[f"{linear}.weight"], effective_weight(tensors, fmts[linear], rotated=True)
-            reports.append(_report(model, index, linear, w, w_hat, gram, tensors, recipe))
+            reports.append(_report(model, index, linear, w, w_hat, gram, tensors, fmts[linear]))
             current[f"{linear}.weight"] = effective_weight(tensors, fmts[linear])
             stored |= {f"{linear}.{name}": tensor for name, tensor in tensors.items()}
             if f"{linear}.bias" in weights:
                 stored[f"{linear}.bias"] = weights[f"{linear}.bias"].to(torch.float16)
-    return stored, reports
+    return BlockResult(stored, reports)
 
 
-def _importance(
-    model: BlockModel, index: int, weights: Tensors, stream: list[Tensor], recipe: Recipe
-) -> list[Tensor | None]:
-    """Importance [tokens] of every batch of the stream, once per block, before any of its linears is quantised."""
-    if recipe.importance.strategy == "uniform":
-        return [None] * len(stream)
-    scores = (model.attention_received(index, weights, hidden) for hidden in stream)
-    return [importance_from_scores(s, recipe.importance.floor).flatten() for s in scores]
+def online(weights: Tensors, family: Family, rotations: BlockRotations) -> Tensors:
+    """A copy of a rotated block's weights as plain modules run them: the online rotation is inside the weights."""
+    result = dict(weights)
+    if rotations.mlp_out is not None:
+        back = rotations.mlp_out.float().transpose(-1, -2)
+        for linear in family.site_reading("hidden").linears:
+            result[f"{linear}.weight"] = rotate_blocks(weights[f"{linear}.weight"], back)
+    return result
 
 
-def _site_gram(
+def _grams(
     model: BlockModel,
     index: int,
     current: Tensors,
     stream: list[Tensor],
     importance: list[Tensor | None],
-    site: Site,
-    rotation: Tensor | None,
-) -> Tensor:
-    gram = Gram(current[f"{site.linears[0]}.weight"].shape[1])
+    sites: Sequence[Site],
+    rotations: BlockRotations,
+) -> dict[str, Tensor]:
+    """{site name: second moments [k, k] of its input}, from one forward pass that ends at the last of the sites."""
+    grams = {site.name: Gram(current[f"{site.linears[0]}.weight"].shape[1]) for site in sites}
     for hidden, weight in zip(stream, importance, strict=True):
-        found, _ = model.inputs_of(index, current, hidden, [site])
-        x = found[site.name].flatten(0, -2)
-        try:
-            gram.add_tokens(Tokens(x if rotation is None else rotate_blocks(x, rotation), weight))
-        except ValueError as error:
-            raise ValueError(f"{model.family.block_prefix(index)}{site.linears[0]}: {error}") from error
-    return gram.mean()
+        found, _ = model.inputs_of(index, current, hidden, sites)
+        for site in sites:
+            x = found[site.name].flatten(0, -2)
+            if site.reads == "hidden" and rotations.mlp_out is not None:
+                x = rotate_blocks(x, rotations.mlp_out)
+            try:
+                grams[site.name].add_tokens(Tokens(x, weight))
+            except ValueError as error:
+                raise ValueError(f"{model.family.block_prefix(index)}{site.linears[0]}: {error}") from error
+    return {name: gram.mean() for name, gram in grams.items()}
 
 
 def _quantize_site(
@@ -114,12 +131,12 @@ def _quantize_site(
     """Quantise the linears of a site as one stacked matrix (rows are independent), and cut the result."""
     w = torch.cat([weights[f"{linear}.weight"] for linear in site.linears])
     count = recipe.salient.count_at(site.reads)
-    by_basis = bool(count) and uses_basis(recipe, site)
-    salient_index = _salient_index(site, gram, recipe, count) if count and not by_basis else None
-    tensors = quantize_weight(w, gram, recipe.quant, salient_index)
-    if by_basis:
+    if count and recipe.salient.is_basis(site.reads):
         assert gram is not None
-        tensors |= _basis(w, tensors, gram, recipe, count)
+        tensors = quantize_with_basis(w, gram, recipe.quant, count)
+    else:
+        index = _salient_index(site, gram, recipe, count) if count else None
+        tensors = quantize_weight(w, gram, recipe.quant, index)
     if rotation is not None:
         tensors["rotation"] = rotation
     shared = ("salient_index", "salient_basis", "rotation")
@@ -136,14 +153,6 @@ def _salient_index(site: Site, gram: Tensor | None, recipe: Recipe, count: int) 
         return torch.arange(count)  # the folded rotation puts the principal axes first
     assert gram is not None
     return energy_index(gram, count)  # in principal axes of the heads the channel energies are the eigenvalues
-
-
-def _basis(w: Tensor, tensors: Tensors, gram: Tensor, recipe: Recipe, count: int) -> Tensors:
-    """U = top eigenvectors of gram [k, r] and C = (W - Ŵ) U [n, r]: exact on the span of U, whatever Ŵ is."""
-    _, axes = principal_axes(gram)
-    basis = axes[:, :count].to(torch.float16)
-    w_hat = dequantize(tensors["qweight"], tensors["scales"], tensors.get("zeros"), recipe.quant.bits)
-    return {"salient_weight": ((w - w_hat).double() @ basis.double()).to(torch.float16), "salient_basis": basis}
 
 
 def effective_weight(tensors: Tensors, fmt: LinearFormat, *, rotated: bool = False) -> Tensor:
@@ -166,7 +175,7 @@ def _report(
     w_hat: Tensor,
     gram: Tensor | None,
     tensors: Tensors,
-    recipe: Recipe,
+    fmt: LinearFormat,
 ) -> LinearReport:
     wide, error = w.double(), (w_hat - w).double()
     if gram is None:
@@ -175,8 +184,8 @@ def _report(
         signal, noise = ((wide @ gram) * wide).sum(), ((error @ gram) * error).sum()
     return LinearReport(
         name=model.family.block_prefix(index) + linear,
-        bits=recipe.quant.bits,
-        num_salient=tensors["salient_weight"].shape[1] if "salient_weight" in tensors else 0,
+        bits=fmt.bits,
+        num_salient=fmt.num_salient,
         bits_per_weight=8 * sum(t.nbytes for t in tensors.values()) / w.numel(),
         sqnr_db=float(10 * torch.log10(signal / noise.clamp_min(1e-300))),
         measured_on="weights" if gram is None else "outputs",

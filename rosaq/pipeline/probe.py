@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rosaq.calibrate import BlockModel
-from rosaq.rotation import BlockRotations, rotate_blocks
+from rosaq.pipeline.block import online
+from rosaq.rotation import BlockRotations
 
 TOLERANCE = 1e-3  # relative to the largest magnitude; float32 models agree to about 1e-5
 MAX_TOKENS = 128
@@ -30,12 +31,10 @@ class Probe:
         rotations: BlockRotations,
     ) -> Probe:
         """Both through block `index`; ValueError if they part."""
-        weights = dict(rotated)
-        if rotations.mlp_out is not None:
-            for linear in model.family.site_reading("hidden").linears:
-                online = rotations.mlp_out.float().transpose(-1, -2)
-                weights[f"{linear}.weight"] = rotate_blocks(weights[f"{linear}.weight"], online)
-        out = Probe(model.run(index, dense, self.dense), model.run(index, weights, self.rotated))
+        out = Probe(
+            model.run(index, dense, self.dense),
+            model.run(index, online(rotated, model.family, rotations), self.rotated),
+        )
         back = out.rotated if rotations.residual is None else (out.rotated.double() @ rotations.residual.T).float()
         check_equal(back, out.dense, f"{model.family.block_prefix(index)[:-1]}")
         return out

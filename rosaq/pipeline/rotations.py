@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import Gram, Tokens
+from rosaq.calibrate import Gram, Tokens, token_importance
 from rosaq.config import Recipe
 from rosaq.pipeline.source import DenseModel
 from rosaq.rotation import (
@@ -85,7 +85,11 @@ class _Grams:
 
 
 def _measure(model: DenseModel, recipe: Recipe, stream: list[Tensor], progress: Callable[[int], None]) -> _Grams:
-    """Second moments of the dense model's normalised residual stream and value heads, over all blocks."""
+    """Second moments of the dense model's normalised residual stream and value heads, over all blocks.
+
+    Importance counts here too: an attention sink is one token of hundreds, and plain second moments give its direction
+    no principal axis (measured on a 135M model: 3 axes hold 45 % of its energy, weighted ones 99.6 % with 2).
+    """
     family, sizes = model.blocks.family, model.blocks.sizes
     wanted = [site for site in family.sites if site.reads == "residual"]
     if recipe.rotation.values == "pca":
@@ -95,13 +99,14 @@ def _measure(model: DenseModel, recipe: Recipe, stream: list[Tensor], progress: 
         weights = fold_norms(model.block(index), family)
         heads = [Gram(sizes.head_dim) for _ in range(sizes.num_kv_heads)]
         for i, hidden in enumerate(stream):
+            importance = token_importance(model.blocks, index, weights, hidden, recipe.importance)
             inputs, out = model.blocks.inputs_of(index, weights, hidden, wanted, stop=False)
             assert out is not None
             stream[i] = out
             for site in wanted:
                 x = inputs[site.name].flatten(0, -2)
                 if site.reads == "residual":
-                    residual.add_tokens(Tokens(x))
+                    residual.add_tokens(Tokens(x, importance))
                 else:
                     _add_heads(heads, x, sizes.head_dim)
         if recipe.rotation.values == "pca":

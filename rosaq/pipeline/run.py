@@ -19,7 +19,7 @@ from rosaq.calibrate import BlockModel
 from rosaq.checkpoint import bits_per_weight, total_bytes
 from rosaq.config import CalibrationSpec, LinearFormat, Recipe
 from rosaq.pipeline.assemble import write_checkpoint
-from rosaq.pipeline.block import LinearReport, effective_weight, formats, quantize_block
+from rosaq.pipeline.block import LinearReport, effective_weight, formats, online, quantize_block
 from rosaq.pipeline.probe import MAX_TOKENS, Probe, check_equal
 from rosaq.pipeline.rotations import Rotations, choose_rotations
 from rosaq.pipeline.source import DenseModel, local_directory
@@ -171,7 +171,10 @@ class _Run:
             self.reports += [LinearReport(**r) for r in values["reports"]]
             if "probe.dense" in tensors:
                 self._probe = Probe(tensors.pop("probe.dense"), tensors.pop("probe.rotated"))
-            runnable = _runnable(tensors, formats(self._recipe, family, rotations))
+            if self._recipe.moments == "dense":
+                runnable = online(self._rotated(index), family, rotations)
+            else:
+                runnable = _runnable(tensors, formats(self._recipe, family, rotations))
             for i, hidden in enumerate(stream):
                 stream[i] = model.run(index, runnable, hidden)
                 if not torch.isfinite(stream[i]).all():
@@ -182,18 +185,23 @@ class _Run:
 
     def _quantize_block(self, index: int, stream: list[Tensor]) -> None:
         model, rotations = self._dense.blocks, self.rotations.of_block(index)
-        dense = self._dense.block(index)
-        weights = dense
-        if not self._recipe.rotation.is_identity:
-            weights = rotate_block(fold_norms(dense, model.family), rotations, model.family, model.sizes)
-        stored, reports = quantize_block(model, index, weights, stream, self._recipe, rotations)
+        weights = self._rotated(index)
+        result = quantize_block(model, index, weights, stream, self._recipe, rotations)
+        stored = result.stored
         for name, tensor in weights.items():
             if name.rpartition(".")[0] not in model.family.linears:
                 stored[name] = self._dense.to_storage(tensor, model.family.block_prefix(index) + name)
         if self._probe is not None:
-            probe = self._probe.step(model, index, dense, weights, rotations)
+            probe = self._probe.step(model, index, self._dense.block(index), weights, rotations)
             stored |= {"probe.dense": probe.dense, "probe.rotated": probe.rotated}
-        self._work.save(block_name(index), stored, {"reports": [r.to_dict() for r in reports]})
+        self._work.save(block_name(index), stored, {"reports": [r.to_dict() for r in result.reports]})
+
+    def _rotated(self, index: int) -> Tensors:
+        """The weights of block `index`, norms folded and rotations applied (as they are where the recipe has none)."""
+        model, dense = self._dense.blocks, self._dense.block(index)
+        if self._recipe.rotation.is_identity:
+            return dense
+        return rotate_block(fold_norms(dense, model.family), self.rotations.of_block(index), model.family, model.sizes)
 
     def check_logits(self) -> float | None:
         """Largest relative logit difference of the probe; None where nothing was rotated."""

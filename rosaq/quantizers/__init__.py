@@ -2,8 +2,17 @@
 
 from rosaq.quantizers.gptq import NotPositiveDefiniteError, gptq
 from rosaq.quantizers.grid import Grid, fit_grid
-from rosaq.quantizers.quantize import quantize_weight
+from rosaq.quantizers.quantize import quantize_weight, quantize_with_basis
 from rosaq.quantizers.rtn import rtn
 from rosaq.quantizers.salient import energy_index
 
-__all__ = ["Grid", "NotPositiveDefiniteError", "energy_index", "fit_grid", "gptq", "quantize_weight", "rtn"]
+__all__ = [
+    "Grid",
+    "NotPositiveDefiniteError",
+    "energy_index",
+    "fit_grid",
+    "gptq",
+    "quantize_weight",
+    "quantize_with_basis",
+    "rtn",
+]

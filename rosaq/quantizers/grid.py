@@ -1,6 +1,9 @@
 """The integer grid of a group: scale, zero point, and the search for a tighter range.
 
 Scales are rounded to float16 (as stored) before any code is chosen, so the codes belong to the stored grid.
+
+A symmetric grid has one level more below zero than above it, and its scale may be negative: then the extra level is on
+the upper side. The sign costs nothing (float16 has one) and lets a group put the level where its long tail is.
 """
 
 from __future__ import annotations
@@ -18,24 +21,28 @@ _SHRINK_TO = 0.4  # smallest share of the full range that the search tries
 
 
 class Grid(NamedTuple):
-    """scale, zero: float32 [n, groups] (scale float16-representable, zero an integer in [0, 2**bits - 1])."""
+    """scale, zero: float32 [n, groups] (scale float16-representable and not 0, negative only in symmetric grids; zero
+    an integer in [0, 2**bits - 1])."""
 
     scale: Tensor
     zero: Tensor
 
 
-def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> Grid:
+def _grids(low: Tensor, high: Tensor, spec: QuantSpec) -> list[Grid]:
+    """The grids that reach from `low` <= 0 to `high` >= 0: one, or for symmetric grids one of either sign."""
     top = 2**spec.bits - 1
-    if spec.symmetric:
-        zero = torch.full_like(low, 2 ** (spec.bits - 1))
-        # codes reach -2**(b-1) below zero but only 2**(b-1) - 1 above, so the upper side sets the step
-        scale = torch.maximum(high, -low) / (2 ** (spec.bits - 1) - 1)
-    else:
-        scale = (high - low) / top
-    scale = scale.to(torch.float16).float().clamp_min(_SMALLEST_SCALE)
     if not spec.symmetric:
-        zero = (-low / scale).round().clamp(0, top)
-    return Grid(scale, zero)
+        scale = _stored((high - low) / top)
+        return [Grid(scale, (-low / scale).round().clamp(0, top))]
+    below, above = 2 ** (spec.bits - 1), 2 ** (spec.bits - 1) - 1  # levels on either side of zero
+    zero = torch.full_like(low, below)
+    upright = _stored(torch.maximum(-low / below, high / above))
+    mirrored = _stored(torch.maximum(high / below, -low / above))
+    return [Grid(upright, zero), Grid(-mirrored, zero)]
+
+
+def _stored(scale: Tensor) -> Tensor:
+    return scale.to(torch.float16).float().clamp_min(_SMALLEST_SCALE)
 
 
 def empty_grid(n: int, groups: int, spec: QuantSpec) -> Grid:
@@ -58,17 +65,19 @@ def fit_grid(w: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> Gr
     """The grid of groups w [n, groups, group_size] float32: min and max, or (spec.clip) the shrunken range with the
     least squared error, weighted by importance [groups, group_size] (second moments of the inputs) if given."""
     low, high = w.amin(-1).clamp_max(0), w.amax(-1).clamp_min(0)  # zero stays representable
-    best = _grid(low, high, spec)
+    best, *others = _grids(low, high, spec)
+    for other in others:  # without clipping the finer of the grids that hold everything
+        best = Grid(torch.where(other.scale.abs() < best.scale, other.scale, best.scale), best.zero)
     if not spec.clip:
         return best
     error = _error(w, best, spec.bits, importance)
     for step in range(1, _SHRINK_STEPS + 1):
         share = 1 - (1 - _SHRINK_TO) * step / _SHRINK_STEPS
-        grid = _grid(low * share, high * share, spec)
-        candidate = _error(w, grid, spec.bits, importance)
-        better = candidate < error
-        error = torch.where(better, candidate, error)
-        best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
+        for grid in _grids(low * share, high * share, spec):
+            candidate = _error(w, grid, spec.bits, importance)
+            better = candidate < error
+            error = torch.where(better, candidate, error)
+            best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
     return best
 
 

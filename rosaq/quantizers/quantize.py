@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rosaq.config import LinearFormat, QuantSpec
-from rosaq.layout import pack
+from rosaq.layout import dequantize, pack
 from rosaq.quantizers.gptq import gptq
 from rosaq.quantizers.grid import Grid
 from rosaq.quantizers.refine import refine
@@ -53,6 +53,28 @@ def quantize_weight(
         codes, grid = rtn(w.masked_fill(salient, 0.0), spec, group_size)
         salient_weight = w[:, salient]
     return _stored(codes, grid, spec, salient_weight, torch.nonzero(salient).flatten())
+
+
+def quantize_with_basis(weight: Tensor, gram: Tensor, spec: QuantSpec, count: int) -> dict[str, Tensor]:
+    """As `quantize_weight`, with `count` salient directions that are no channels: salient_basis float16 [k, count], the
+    top eigenvectors U of gram, and salient_weight [n, count], the least-squares C = (W - Ŵ) G U (Uᵀ G U)⁻¹.
+
+    What lies in the span of U is exact whatever Ŵ is, so the codes are chosen on what is left of the second moments.
+    """
+    _check_gram(gram, weight.shape[1])
+    gram = gram.double()
+    axes = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
+    largest = axes.abs().argmax(0)
+    basis = (axes * torch.sign(axes[largest, torch.arange(count)])).to(
+        torch.float16
+    )  # whatever LAPACK made of the sign
+    wide = basis.double()
+    rest = torch.eye(len(gram), dtype=torch.float64) - wide @ torch.linalg.pinv(wide)
+    tensors = quantize_weight(weight, rest @ gram @ rest.T, spec)
+    w_hat = dequantize(tensors["qweight"], tensors["scales"], tensors.get("zeros"), spec.bits)
+    cross = gram @ wide
+    correction = (weight - w_hat).double() @ cross @ torch.linalg.pinv(wide.T @ cross, hermitian=True)
+    return tensors | {"salient_weight": correction.to(torch.float16), "salient_basis": basis}
 
 
 def _check_gram(gram: Tensor, k: int) -> None:

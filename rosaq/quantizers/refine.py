@@ -47,7 +47,7 @@ def refit_scales(
     w: Tensor, gram: Tensor, codes: Tensor, grid: Grid, salient_weight: Tensor, salient: Tensor
 ) -> tuple[Grid, Tensor]:
     """Scales [n, groups] and salient weights [n, r] that minimise the loss for the given codes: one small
-    least-squares problem a row, groups + r unknowns. A scale that would not be positive keeps its value."""
+    least-squares problem a row, groups + r unknowns. A scale that would change its sign keeps its value."""
     n, k = w.shape
     groups, index = grid.scale.shape[1], torch.nonzero(salient).flatten()
     size, r = k // groups, len(index)
@@ -66,7 +66,8 @@ def refit_scales(
     current = torch.cat([grid.scale.double(), salient_weight.double()], 1)
     solved = torch.linalg.solve(matrix + torch.diag_embed(pull), (right + pull * current)[..., None])[..., 0]
     scale = solved[:, :groups].to(torch.float16).float()
-    fits = (scale >= grid.scale / 4) & (scale <= grid.scale * 4)  # anything else is a row without information
+    ratio = scale / grid.scale  # of one sign: a symmetric grid's scale may be negative
+    fits = (ratio >= 1 / 4) & (ratio <= 4)  # anything else is a row without information
     return Grid(torch.where(fits, scale, grid.scale), grid.zero), solved[:, groups:].to(torch.float16).float()
 
 
