@@ -270,6 +270,36 @@ class ImportanceSpec:
 
 
 @dataclass(frozen=True)
+class TuneSpec:
+    """Block-wise tuning after quantisation: Adam on what the block stores.
+
+    steps         of Adam per block; 0 for no tuning.
+    batch_size    sequences per step.
+    codes_rate    learning rate of the codes before rounding, in codes a step.
+    scales_rate   of the scales, as a share of themselves; gains_rate: of the norms' gains, likewise.
+    salient_rate  of the salient weights, in units of the linear's mean scale.
+    bf16          matrix products of the steps in bfloat16 (twice as fast on CPUs that have it).
+    """
+
+    steps: int = 0
+    batch_size: int = 2
+    codes_rate: float = 5e-3
+    scales_rate: float = 1e-3
+    gains_rate: float = 5e-4
+    salient_rate: float = 1e-3
+    bf16: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps: got {self.steps}, need 0 or more")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: got {self.batch_size}, need at least 1")
+        for name in ("codes_rate", "scales_rate", "gains_rate", "salient_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, need 0 or more")
+
+
+@dataclass(frozen=True)
 class CalibrationSpec:
     """How much text the second moments are measured on, and which windows (seed)."""
 
@@ -298,6 +328,11 @@ class Recipe:
     salient: SalientSpec = SalientSpec()
     importance: ImportanceSpec = ImportanceSpec()
     moments: Literal["quantised", "dense"] = "quantised"
+    tune: TuneSpec = TuneSpec()
+
+    def __post_init__(self) -> None:
+        if self.tune.steps and self.moments != "dense":
+            raise ValueError(f"tune: got {self.tune.steps} steps with moments {self.moments!r}, need 'dense'")
 
     @property
     def needs_tokens(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rosaq.config import ImportanceSpec, QuantSpec, Recipe, RotationSpec, SalientSpec
+from rosaq.config import ImportanceSpec, QuantSpec, Recipe, RotationSpec, SalientSpec, TuneSpec
 
 _RTN = QuantSpec(method="rtn", clip=False)
 _GPTQ = QuantSpec(method="gptq", clip=True)
@@ -28,6 +28,8 @@ RECIPES: dict[str, Recipe] = {
         RotationSpec("pca-random", "random", "hadamard"),
         SalientSpec(AUTO, basis=("values", "hidden"), online=2),
         ImportanceSpec("attention", 0.01),
+        moments="dense",
+        tune=TuneSpec(steps=64),
     ),
 }
 DEFAULT_RECIPE = "rosaq-gptq"

@@ -14,7 +14,7 @@ from tests.models import save_rosaq
 PACKAGE = Path(rosaq.__file__).parent
 SHARED = {"config", "layout"}
 RUN_TIME = {"reference", "ops", "sharding", "linear", "checkpoint", "integrations"}
-OFFLINE = {"models", "rotation", "calibrate", "quantizers", "pipeline", "recipes"}
+OFFLINE = {"models", "rotation", "calibrate", "quantizers", "tuning", "pipeline", "recipes"}
 BESIDE = {"text", "verification", "conversion", "evaluation", "report", "doctor", "demo", "cli"}
 
 # part: the parts it may import. "rosaq" is the package itself.
@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "rotation": {"config", "models"},
     "calibrate": {"config", "layout", "models"},
     "quantizers": {"config", "layout"},
+    "tuning": {"config", "layout", "rotation", "calibrate"},
     "recipes": {"config"},
     "pipeline": {
         "config",
@@ -40,6 +41,7 @@ MAY_IMPORT = {
         "rotation",
         "calibrate",
         "quantizers",
+        "tuning",
         "recipes",
         "checkpoint",
         "sharding",

@@ -85,13 +85,17 @@ class BlockModel:
         normed: Tensor = functional_call(self._model.get_submodule(self.family.final_norm), {"weight": gain}, (hidden,))
         return normed @ head.T
 
-    @torch.no_grad()
-    def run(self, index: int, tensors: Tensors, hidden: Tensor) -> Tensor:
-        """Block `index` with the given weights: hidden [batch, length, hidden] -> the same shape."""
+    def forward(self, index: int, tensors: Tensors, hidden: Tensor) -> Tensor:
+        """Block `index` with the given weights: hidden [batch, length, hidden] -> the same shape, differentiable."""
         kwargs = self._call_arguments(hidden)[index]
         out = functional_call(self._blocks[index], tensors, (hidden,), kwargs, strict=True)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
+
+    @torch.no_grad()
+    def run(self, index: int, tensors: Tensors, hidden: Tensor) -> Tensor:
+        """As `forward`, without gradients."""
+        return self.forward(index, tensors, hidden)
 
     def inputs_of(
         self, index: int, tensors: Tensors, hidden: Tensor, sites: Iterable[Site], *, stop: bool = True

@@ -15,6 +15,7 @@ from rosaq.layout import dequantize
 from rosaq.models import Family, Site
 from rosaq.quantizers import energy_index, quantize_weight, quantize_with_basis
 from rosaq.rotation import BlockRotations, rotate_blocks
+from rosaq.tuning import TunedBlock, TunedLinear, TuningTokens, tune_block
 
 Tensors = dict[str, Tensor]
 
@@ -53,42 +54,95 @@ def formats(recipe: Recipe, family: Family, rotations: BlockRotations) -> dict[s
 
 
 @dataclass(frozen=True)
+class BlockTask:
+    """One block to quantise. weights: folded and rotated, float32, not changed. dtype: of what stays in 16 bits."""
+
+    model: BlockModel
+    index: int
+    weights: Tensors
+    recipe: Recipe
+    rotations: BlockRotations
+    seed: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return self.model.family.block_prefix(self.index)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Tokens that enter a block, batches [batch, length, d]. moments: of the model that `recipe.moments` names, for the
+    second moments; quantised: of the quantised model, for tuning. Empty where the recipe needs none."""
+
+    moments: list[Tensor]
+    quantised: list[Tensor]
+
+
+@dataclass(frozen=True)
 class BlockResult:
-    """stored: the tensors of the block's linears, as in the checkpoint. reports: one per linear."""
+    """stored: the tensors of the block's linears, as in the checkpoint, and the norms' gains where they were tuned.
+    reports: one per linear. loss: of the block before and after tuning, None without. outputs: of the dense block, if
+    the second moments were measured on its tokens."""
 
     stored: Tensors
     reports: list[LinearReport]
+    loss: tuple[float, float] | None
+    outputs: list[Tensor]
 
 
-def quantize_block(
-    model: BlockModel, index: int, weights: Tensors, stream: list[Tensor], recipe: Recipe, rotations: BlockRotations
-) -> BlockResult:
-    """Quantise the linears of one block. weights: folded and rotated, float32, not changed. stream: the tokens that
-    enter it, of the model that `recipe.moments` names; empty for a recipe without calibration.
+def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
+    """Quantise the linears of one block, and tune it if the recipe says so.
 
     On the dense stream one forward pass serves all sites. On the quantised one they are true-sequential: each site's
     second moments come from a forward pass through the quantised sites before it.
     """
-    fmts = formats(recipe, model.family, rotations)
-    current, stored, reports = online(weights, model.family, rotations), Tensors(), list[LinearReport]()
+    model, recipe, weights = task.model, task.recipe, task.weights
+    fmts = formats(recipe, model.family, task.rotations)
+    current = online(weights, model.family, task.rotations)
     # once per block, before any of its linears is quantised
-    importance = [token_importance(model, index, current, hidden, recipe.importance) for hidden in stream]
-
-    def measure(*sites: Site) -> dict[str, Tensor]:
-        return _grams(model, index, current, stream, importance, sites, rotations) if stream else {}
-
-    grams = measure(*model.family.sites) if recipe.moments == "dense" else {}
+    importance = [token_importance(model, task.index, current, x, recipe.importance) for x in streams.moments]
+    grams, outputs, made, loss = dict[str, Tensor](), list[Tensor](), dict[str, Tensors](), None
+    if recipe.moments == "dense":
+        grams = _grams(task, current, streams.moments, importance, model.family.sites, outputs)
     for site in model.family.sites:
-        gram = (grams or measure(site)).get(site.name)
-        done = _quantize_site(site, weights, gram, recipe, rotations.mlp_out if site.reads == "hidden" else None)
-        for linear, tensors in done.items():
-            w, w_hat = weights[f"{linear}.weight"], effective_weight(tensors, fmts[linear], rotated=True)
-            reports.append(_report(model, index, linear, w, w_hat, gram, tensors, fmts[linear]))
-            current[f"{linear}.weight"] = effective_weight(tensors, fmts[linear])
-            stored |= {f"{linear}.{name}": tensor for name, tensor in tensors.items()}
-            if f"{linear}.bias" in weights:
-                stored[f"{linear}.bias"] = weights[f"{linear}.bias"].to(torch.float16)
-    return BlockResult(stored, reports)
+        if streams.moments and site.name not in grams:
+            grams |= _grams(task, current, streams.moments, importance, [site])
+        made |= _quantize_site(site, weights, grams.get(site.name), recipe, task.rotations)
+        for linear in site.linears:
+            current[f"{linear}.weight"] = effective_weight(made[linear], fmts[linear])
+    gains: Tensors = {}
+    if recipe.tune.steps:
+        made, gains, loss = _tune(task, streams.quantised, outputs, importance, made, fmts)
+    reports = [_report(task, linear, grams.get(s.name), made) for s in model.family.sites for linear in s.linears]
+    stored = {f"{linear}.{name}": tensor for linear, tensors in made.items() for name, tensor in tensors.items()}
+    biases = {f"{linear}.bias" for linear in made} & weights.keys()
+    stored |= {name: weights[name].to(torch.float16) for name in sorted(biases)}
+    return BlockResult(stored | gains, reports, loss, outputs)
+
+
+def _tune(
+    task: BlockTask,
+    stream: list[Tensor],
+    targets: list[Tensor],
+    importance: list[Tensor | None],
+    made: dict[str, Tensors],
+    fmts: dict[str, LinearFormat],
+) -> tuple[dict[str, Tensors], Tensors, tuple[float, float]]:
+    """(what each linear stores, the norms' gains as stored, loss before and after) of the tuned block."""
+    model, spec = task.model, task.recipe.tune
+    inputs = torch.cat(stream)
+    weight = None if importance[0] is None else torch.cat([w for w in importance if w is not None])
+    weight = None if weight is None else weight.view(inputs.shape[:2])
+    linears = {name: TunedLinear(task.weights[f"{name}.weight"], made[name], fmts[name]) for name in made}
+    norms = {f"{site.norm}.weight" for site in model.family.sites if site.norm}
+    gains = {name: task.weights[name] for name in sorted(norms)}
+    others = {n: t for n, t in task.weights.items() if n not in gains and n.removesuffix(".weight") not in linears}
+    block = TunedBlock(linears, gains, others, task.dtype)
+    tokens = TuningTokens(inputs, torch.cat(targets), weight)
+    loss = tune_block(model, task.index, block, tokens, spec, task.seed * 2**16 + task.index)
+    tuned = {name: linear.stored() for name, linear in linears.items()}
+    return tuned, {name: gain.detach().to(task.dtype) for name, gain in block.gains().items()}, loss
 
 
 def online(weights: Tensors, family: Family, rotations: BlockRotations) -> Tensors:
@@ -102,33 +156,37 @@ def online(weights: Tensors, family: Family, rotations: BlockRotations) -> Tenso
 
 
 def _grams(
-    model: BlockModel,
-    index: int,
+    task: BlockTask,
     current: Tensors,
     stream: list[Tensor],
     importance: list[Tensor | None],
     sites: Sequence[Site],
-    rotations: BlockRotations,
+    outputs: list[Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """{site name: second moments [k, k] of its input}, from one forward pass that ends at the last of the sites."""
+    """{site name: second moments [k, k] of its input}, from one forward pass. It ends at the last of the sites, or goes
+    on to the block's outputs, which are then appended to `outputs`."""
+    rotation = task.rotations.mlp_out
     grams = {site.name: Gram(current[f"{site.linears[0]}.weight"].shape[1]) for site in sites}
     for hidden, weight in zip(stream, importance, strict=True):
-        found, _ = model.inputs_of(index, current, hidden, sites)
+        found, out = task.model.inputs_of(task.index, current, hidden, sites, stop=outputs is None)
+        if outputs is not None and out is not None:
+            outputs.append(out)
         for site in sites:
             x = found[site.name].flatten(0, -2)
-            if site.reads == "hidden" and rotations.mlp_out is not None:
-                x = rotate_blocks(x, rotations.mlp_out)
+            if site.reads == "hidden" and rotation is not None:
+                x = rotate_blocks(x, rotation)
             try:
                 grams[site.name].add_tokens(Tokens(x, weight))
             except ValueError as error:
-                raise ValueError(f"{model.family.block_prefix(index)}{site.linears[0]}: {error}") from error
+                raise ValueError(f"{task.name}{site.linears[0]}: {error}") from error
     return {name: gram.mean() for name, gram in grams.items()}
 
 
 def _quantize_site(
-    site: Site, weights: Tensors, gram: Tensor | None, recipe: Recipe, rotation: Tensor | None
+    site: Site, weights: Tensors, gram: Tensor | None, recipe: Recipe, rotations: BlockRotations
 ) -> dict[str, Tensors]:
     """Quantise the linears of a site as one stacked matrix (rows are independent), and cut the result."""
+    rotation = rotations.mlp_out if site.reads == "hidden" else None
     w = torch.cat([weights[f"{linear}.weight"] for linear in site.linears])
     count = recipe.salient.count_at(site.reads)
     if count and recipe.salient.is_basis(site.reads):
@@ -167,23 +225,16 @@ def effective_weight(tensors: Tensors, fmt: LinearFormat, *, rotated: bool = Fal
     return w
 
 
-def _report(
-    model: BlockModel,
-    index: int,
-    linear: str,
-    w: Tensor,
-    w_hat: Tensor,
-    gram: Tensor | None,
-    tensors: Tensors,
-    fmt: LinearFormat,
-) -> LinearReport:
-    wide, error = w.double(), (w_hat - w).double()
+def _report(task: BlockTask, linear: str, gram: Tensor | None, made: dict[str, Tensors]) -> LinearReport:
+    fmt = formats(task.recipe, task.model.family, task.rotations)[linear]
+    w, tensors = task.weights[f"{linear}.weight"], made[linear]
+    wide, error = w.double(), (effective_weight(tensors, fmt, rotated=True) - w).double()
     if gram is None:
         signal, noise = wide.square().sum(), error.square().sum()
     else:
         signal, noise = ((wide @ gram) * wide).sum(), ((error @ gram) * error).sum()
     return LinearReport(
-        name=model.family.block_prefix(index) + linear,
+        name=task.name + linear,
         bits=fmt.bits,
         num_salient=fmt.num_salient,
         bits_per_weight=8 * sum(t.nbytes for t in tensors.values()) / w.numel(),

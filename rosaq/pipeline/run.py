@@ -19,7 +19,15 @@ from rosaq.calibrate import BlockModel
 from rosaq.checkpoint import bits_per_weight, total_bytes
 from rosaq.config import CalibrationSpec, LinearFormat, Recipe
 from rosaq.pipeline.assemble import write_checkpoint
-from rosaq.pipeline.block import LinearReport, effective_weight, formats, online, quantize_block
+from rosaq.pipeline.block import (
+    BlockTask,
+    LinearReport,
+    Streams,
+    effective_weight,
+    formats,
+    online,
+    quantize_block,
+)
 from rosaq.pipeline.probe import MAX_TOKENS, Probe, check_equal
 from rosaq.pipeline.rotations import Rotations, choose_rotations
 from rosaq.pipeline.source import DenseModel, local_directory
@@ -29,6 +37,7 @@ from rosaq.rotation import fold_norms, rotate_block, rotate_rows
 from rosaq.text import builtin_text, token_windows
 
 Tensors = dict[str, Tensor]
+_AXES_TOKENS = 16384  # that principal axes are measured on, in every block: more do not move the few that are kept
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,8 @@ class _Run:
         if saved is not None:
             self.rotations = Rotations.from_tensors(saved[0])
             return
-        stream = self._stream(None) if self._recipe.needs_tokens else []
+        enough = max(1, _AXES_TOKENS // (self._spec.batch_size * self._spec.sequence_length))
+        stream = self._stream(None)[:enough] if self._recipe.needs_tokens else []
         self.rotations = choose_rotations(
             self._dense, self._recipe, stream, self._spec.seed, lambda block: self._report("axes", block)
         )
@@ -156,45 +166,57 @@ class _Run:
         """All blocks in order; the finished ones of an earlier run are read back instead of made again."""
         model, family = self._dense.blocks, self._dense.blocks.family
         stream = self._stream(self.rotations.residual) if self._recipe.needs_tokens else []
+        streams = Streams(stream, list(stream) if self._recipe.tune.steps else [])
         if not self._recipe.rotation.is_identity:
             ids = self._ids[:1, :MAX_TOKENS]
             self._probe = Probe(self._embed(ids, None), self._embed(ids, self.rotations.residual))
         finished = self._work.num_finished_blocks()
         for index in range(model.sizes.num_blocks):
-            rotations = self.rotations.of_block(index)
             name = block_name(index)
-            if index >= finished:
-                self._quantize_block(index, stream)
+            outputs = self._quantize_block(index, streams) if index >= finished else []
             saved = self._work.load(name)
             assert saved is not None
             tensors, values = saved
             self.reports += [LinearReport(**r) for r in values["reports"]]
             if "probe.dense" in tensors:
                 self._probe = Probe(tensors.pop("probe.dense"), tensors.pop("probe.rotated"))
-            if self._recipe.moments == "dense":
-                runnable = online(self._rotated(index), family, rotations)
-            else:
-                runnable = _runnable(tensors, formats(self._recipe, family, rotations))
-            for i, hidden in enumerate(stream):
-                stream[i] = model.run(index, runnable, hidden)
-                if not torch.isfinite(stream[i]).all():
-                    raise ValueError(
-                        f"activations: {family.block_prefix(index)[:-1]}: got NaN or Inf after quantising it"
-                    )
+            runnable = _runnable(tensors, formats(self._recipe, family, self.rotations.of_block(index)))
+            self._advance(index, streams, outputs, runnable)
             self._report("blocks", index, _mean_db(self.reports, len(values["reports"])))
 
-    def _quantize_block(self, index: int, stream: list[Tensor]) -> None:
+    def _advance(self, index: int, streams: Streams, outputs: list[Tensor], quantised: Tensors) -> None:
+        """The streams through block `index`: that of the second moments is `outputs` where they are known already."""
+        if outputs:
+            streams.moments[:] = outputs
+        elif self._recipe.moments == "dense":
+            weights = online(self._rotated(index), self._dense.blocks.family, self.rotations.of_block(index))
+            self._through(index, streams.moments, weights)
+        else:
+            self._through(index, streams.moments, quantised)
+        self._through(index, streams.quantised, quantised)
+
+    def _through(self, index: int, stream: list[Tensor], tensors: Tensors) -> None:
+        name = self._dense.blocks.family.block_prefix(index)[:-1]
+        for i, hidden in enumerate(stream):
+            stream[i] = self._dense.blocks.run(index, tensors, hidden)
+            if not torch.isfinite(stream[i]).all():
+                raise ValueError(f"activations: {name}: got NaN or Inf after quantising it")
+
+    def _quantize_block(self, index: int, streams: Streams) -> list[Tensor]:
+        """Save the block; the outputs of the dense one, where they were computed on the way."""
         model, rotations = self._dense.blocks, self.rotations.of_block(index)
-        weights = self._rotated(index)
-        result = quantize_block(model, index, weights, stream, self._recipe, rotations)
+        weights, dtype = self._rotated(index), self._dense.dtype
+        task = BlockTask(model, index, weights, self._recipe, rotations, self._spec.seed, dtype)
+        result = quantize_block(task, streams)
         stored = result.stored
         for name, tensor in weights.items():
-            if name.rpartition(".")[0] not in model.family.linears:
+            if name not in stored and name.rpartition(".")[0] not in model.family.linears:
                 stored[name] = self._dense.to_storage(tensor, model.family.block_prefix(index) + name)
         if self._probe is not None:
             probe = self._probe.step(model, index, self._dense.block(index), weights, rotations)
             stored |= {"probe.dense": probe.dense, "probe.rotated": probe.rotated}
         self._work.save(block_name(index), stored, {"reports": [r.to_dict() for r in result.reports]})
+        return result.outputs
 
     def _rotated(self, index: int) -> Tensors:
         """The weights of block `index`, norms folded and rotations applied (as they are where the recipe has none)."""

@@ -1,0 +1,141 @@
+"""Move what a quantised block stores until it answers its own inputs as the dense block answered the dense model's.
+
+The loss is the squared error of the block's output, relative to each token's own energy (a massive activation is a
+thousand times larger than anything else and would be all the loss) and weighted by the token's importance (an attention
+sink is one token of hundreds, and everything attends to it).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rosaq.calibrate import BlockModel
+from rosaq.config import TuneSpec
+from rosaq.tuning.linear import TunedLinear
+
+Tensors = dict[str, Tensor]
+_SEQUENCES_AT_ONCE = 8  # in the passes without gradient
+_MEASURED = 16  # sequences that the loss before and after is measured on
+
+
+@dataclass(frozen=True)
+class TuningTokens:
+    """inputs, targets [sequences, length, d]: what enters the quantised block, and what the dense block made of the
+    dense model's tokens. importance [sequences, length] or None: all equal."""
+
+    inputs: Tensor
+    targets: Tensor
+    importance: Tensor | None = None
+
+    def first(self, count: int) -> TuningTokens:
+        """The first `count` sequences."""
+        importance = None if self.importance is None else self.importance[:count]
+        return TuningTokens(self.inputs[:count], self.targets[:count], importance)
+
+    def weights(self) -> Tensor:
+        """Weight of each token's squared error, [sequences, length]: importance over energy, mean importance 1."""
+        energy = self.targets.square().sum(-1).clamp_min(1e-20)
+        if self.importance is None:
+            return 1 / energy
+        return self.importance / self.importance.mean() / energy
+
+
+class TunedBlock:
+    """The trainable tensors of one block. gains: the norms' weights by name; others: tensors that stay as they are."""
+
+    def __init__(self, linears: dict[str, TunedLinear], gains: Tensors, others: Tensors, dtype: torch.dtype) -> None:
+        self.linears, self._others, self._dtype = linears, others, dtype
+        self._gains = gains
+        self._stretch = {name: torch.zeros_like(gain).requires_grad_() for name, gain in gains.items()}
+
+    def gains(self) -> Tensors:
+        """The norms' weights, as stored in 16 bits, float32."""
+        result: Tensors = {}
+        for name, gain in self._gains.items():
+            wanted = gain * (1 + self._stretch[name])
+            result[name] = wanted + (wanted.detach().to(self._dtype).float() - wanted.detach())
+        return result
+
+    def tensors(self) -> Tensors:
+        """All tensors of the block as its code runs them, differentiable."""
+        weights = {f"{name}.weight": linear.weight() for name, linear in self.linears.items()}
+        return self._others | weights | self.gains()
+
+    def groups(self, spec: TuneSpec) -> Iterator[tuple[Tensor, float]]:
+        """(trainable tensor, its learning rate)."""
+        for linear in self.linears.values():
+            yield linear.latent, spec.codes_rate
+            yield linear.stretch, spec.scales_rate
+            if linear.shift is not None:
+                yield linear.shift, spec.salient_rate
+        for stretch in self._stretch.values():
+            yield stretch, spec.gains_rate
+
+
+def tune_block(
+    model: BlockModel, index: int, block: TunedBlock, tokens: TuningTokens, spec: TuneSpec, seed: int
+) -> tuple[float, float]:
+    """Tune `block` in place; (loss before, loss after) on its first sequences. Deterministic for a seed and a number of
+    threads. Raises ValueError if the loss is not finite."""
+    weights = tokens.weights()
+    before = block_loss(model, index, block, tokens.first(_MEASURED))
+    trainable = [(tensor, rate) for tensor, rate in block.groups(spec) if rate]
+    optimizer = torch.optim.Adam([{"params": [tensor], "lr": rate} for tensor, rate in trainable], betas=(0.9, 0.95))
+    batches = list(_batches(len(tokens.inputs), spec, seed))
+    for step, batch in enumerate(batches):
+        for group, (_, rate) in zip(optimizer.param_groups, trainable, strict=True):
+            group["lr"] = rate * _share(step, len(batches))
+        loss = _loss(model, index, block.tensors(), tokens, weights, batch, bf16=spec.bf16)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = block_loss(model, index, block, tokens.first(_MEASURED))
+    if not math.isfinite(after):
+        raise ValueError(f"tuning: {model.family.block_prefix(index)[:-1]}: got a loss of {after}, need a finite one")
+    return before, after
+
+
+@torch.no_grad()
+def block_loss(model: BlockModel, index: int, block: TunedBlock, tokens: TuningTokens) -> float:
+    """Mean weighted relative squared error of the block's output over all tokens, in float32."""
+    weights, tensors, total = tokens.weights(), block.tensors(), 0.0
+    for batch in torch.arange(len(tokens.inputs)).split(_SEQUENCES_AT_ONCE):
+        total += float(_loss(model, index, tensors, tokens, weights, batch, bf16=False)) * len(batch)
+    return total / len(tokens.inputs)
+
+
+def _loss(
+    model: BlockModel,
+    index: int,
+    tensors: Tensors,
+    tokens: TuningTokens,
+    weights: Tensor,
+    batch: Tensor,
+    *,
+    bf16: bool,
+) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = model.forward(index, tensors, tokens.inputs[batch])
+    error = (out.float() - tokens.targets[batch]).square().sum(-1)
+    return (error * weights[batch]).mean()
+
+
+def _batches(num_sequences: int, spec: TuneSpec, seed: int) -> Iterator[Tensor]:
+    """`spec.steps` batches of sequence numbers: every sequence once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    size, waiting = min(spec.batch_size, num_sequences), torch.empty(0, dtype=torch.int64)
+    for _ in range(spec.steps):
+        if len(waiting) < size:
+            waiting = torch.cat([waiting, torch.randperm(num_sequences, generator=generator)])
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the learning rate: a tenth of the steps to warm up, then a half cosine to zero."""
+    return min(1.0, (step + 1) / max(1.0, 0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
