@@ -20,7 +20,7 @@ from rich.console import Console
 
 import rosaq
 from rosaq.checkpoint import bits_per_weight, read_config, total_bytes
-from rosaq.config import CalibrationSpec
+from rosaq.config import STRATEGIES, CalibrationSpec
 from rosaq.demo import run_demo
 from rosaq.doctor import diagnose, lines
 from rosaq.evaluation import continue_text, evaluate
@@ -59,6 +59,9 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="In-features per scale; -1 for whole rows.")] = 64,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Default: the recipe's.")] = None,
     salient: Annotated[int | None, typer.Option(help="Directions kept in 16 bits. Default: the recipe's.")] = None,
+    importance: Annotated[
+        str | None, typer.Option(help=f"Of tokens: {', '.join(STRATEGIES)}. Default: the recipe's.")
+    ] = None,
     calibration: Annotated[Path | None, typer.Option(help="Text or JSON lines. Default: built-in prose.")] = None,
     documents: Documents = None,
     num_sequences: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
@@ -77,6 +80,7 @@ def quantize(
         "group_size": group_size,
         "symmetric": symmetric,
         "salient": salient,
+        "importance": importance,
         "force": force,
         "resume": resume,
     }

@@ -257,16 +257,50 @@ class RotationSpec:
         return self == RotationSpec()
 
 
+STRATEGIES = ("uniform", "attention", "norm", "change", "distance", "rarity", "chunks")
+
+
 @dataclass(frozen=True)
 class ImportanceSpec:
-    """Which tokens count how much in the second moments.
+    """Which tokens count how much in the second moments (RSQ, section 4). Scores are brought to [floor, 1] per sequence
+    and then to a mean of 1.
 
-    strategy   "uniform", or "attention": the attention a token gets in the block (RSQ's attention concentration).
-    floor      what the least important token counts, as a share of the most important one.
+    strategy    "uniform": all the same;
+                "attention": the attention a token gets in the block (attention concentration);
+                "norm": length of the token's vector that enters the block (activation norm);
+                "change": tokens that the block changes least count most (activation difference);
+                "distance": mean squared distance to the tokens of the sequence (token similarity);
+                "rarity": tokens that are rare in the calibration text count most (token frequency);
+                "chunks": only the parts `chunks` of `num_chunks` equal parts of the sequence; (0,) of 8 is RSQ's
+                first-N, (0, 31) of 32 its first-and-last-N.
+    floor       what the least important token counts, as a share of the most important one.
+    exponent    the importance enters the second moments to this power: 1 as in RSQ's code, 2 as its formula reads.
+    quantile    scores above this quantile of their sequence are cut to it. Below 1 it is the sink-aware variant: one
+                attention sink no longer sets the range for all other tokens.
+    sites       names of the sites whose second moments listen to it; empty for all.
     """
 
-    strategy: Literal["uniform", "attention"] = "uniform"
+    strategy: str = "uniform"
     floor: float = 0.01
+    exponent: int = 1
+    quantile: float = 1.0
+    sites: tuple[str, ...] = ()
+    chunks: tuple[int, ...] = (0,)
+    num_chunks: int = 8
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"importance: got {self.strategy!r}, need one of {', '.join(STRATEGIES)}")
+        if not 0 < self.floor <= 1:
+            raise ValueError(f"floor: got {self.floor}, need 0 < floor <= 1")
+        if self.exponent not in (1, 2):
+            raise ValueError(f"exponent: got {self.exponent}, need 1 or 2")
+        if not 0 < self.quantile <= 1:
+            raise ValueError(f"quantile: got {self.quantile}, need 0 < quantile <= 1")
+        if not self.chunks or not all(0 <= chunk < self.num_chunks for chunk in self.chunks):
+            raise ValueError(
+                f"chunks: got {self.chunks} of {self.num_chunks}, need some, each at least 0 and below that"
+            )
 
 
 @dataclass(frozen=True)
@@ -301,15 +335,20 @@ class TuneSpec:
 
 @dataclass(frozen=True)
 class CalibrationSpec:
-    """How much text the second moments are measured on, and which windows (seed)."""
+    """How much text the second moments are measured on, and which windows (seed).
+
+    expansion   copies of every sequence, each rolled by another multiple of length / expansion (RSQ's data expansion: a
+                token then stands at several positions).
+    """
 
     num_sequences: int = 64
     sequence_length: int = 512
     batch_size: int = 8
     seed: int = 0
+    expansion: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_sequences", "sequence_length", "batch_size"):
+        for name in ("num_sequences", "sequence_length", "batch_size", "expansion"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, need at least 1")
 

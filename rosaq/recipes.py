@@ -42,6 +42,7 @@ def make_recipe(
     group_size: int = 64,
     symmetric: bool | None = None,
     salient: int | None = None,
+    importance: str | None = None,
 ) -> Recipe:
     """The recipe `name` at a width; None keeps the recipe's own choice. ValueError for an unknown name or number."""
     if name not in RECIPES:
@@ -57,7 +58,8 @@ def make_recipe(
         if salient and chosen.by == "eigenvalue" and "pca" not in recipe.rotation.residual:
             chosen = replace(chosen, by="energy")  # without principal axes the largest channels are what there is
         chosen = replace(chosen, count=salient, online=chosen.online if salient else None)
-    return replace(recipe, quant=quant, salient=chosen)
+    listened = recipe.importance if importance is None else replace(recipe.importance, strategy=importance)
+    return replace(recipe, quant=quant, salient=chosen, importance=listened)
 
 
 def with_counted_salient(recipe: Recipe, hidden: int) -> Recipe:

@@ -1,6 +1,7 @@
 """The pipeline end to end on tiny models: what it writes, that it resumes bit-identically, what it refuses."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rosaq
+from rosaq.calibrate import BlockModel
 from rosaq.checkpoint import read_config
-from rosaq.config import CalibrationSpec
+from rosaq.config import CalibrationSpec, TuneSpec
 from rosaq.linear import RosaqLinear
 from rosaq.pipeline import quantize
 from rosaq.pipeline.probe import TOLERANCE
@@ -93,6 +95,40 @@ def test_the_layer_report_is_the_error_of_the_stored_weights(made):
     assert made["rtn"][1].layers[0]["measured_on"] == "weights"
 
 
+def test_the_report_tells_what_tuning_and_importance_did(made):
+    output, _ = made["rosaq-gptq"]
+    blocks = json.loads((output / "rosaq_layers.json").read_text())["blocks"]
+    assert len(blocks) == 2
+    for block in blocks:
+        before, after = block["tuned"]
+        assert 0 < after < before
+        assert 0 < block["importance"]["effective_share"] < 1
+        assert sum(block["importance"]["histogram"]) == pytest.approx(1)
+    gains = load_file(output / "model.safetensors")["model.layers.1.input_layernorm.weight"]
+    assert (gains != 1).any()
+    blocks = json.loads((made["gptq"][0] / "rosaq_layers.json").read_text())["blocks"]
+    assert blocks == [{"tuned": None, "importance": None}] * 2
+
+
+def test_importance_can_be_chosen_by_name_and_sequences_rolled(dense, made, tmp_path):
+    rarity = quantize(dense, tmp_path / "rarity", recipe="gptq", salient=2, importance="rarity", **SMALL)
+    plain = made["gptq"][1]
+    assert [row["sqnr_db"] for row in rarity.layers] != [row["sqnr_db"] for row in plain.layers]
+    rolled = SMALL | {"spec": CalibrationSpec(3, 48, 4, expansion=2)}
+    seen = []
+    real = BlockModel.embed
+
+    def spy(self, embedding, ids):
+        seen.append(ids)
+        return real(self, embedding, ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockModel, "embed", spy)
+        quantize(dense, tmp_path / "rolled", recipe="gptq", **rolled)
+    assert seen[0].shape == (6, 48)
+    assert torch.equal(seen[0][3:], seen[0][:3].roll(24, 1))
+
+
 def test_four_bits_lose_less_than_three(dense, made, tmp_path):
     four = quantize(dense, tmp_path / "four", bits=4, salient=4, **SMALL)
     three = made["rosaq-gptq"][1]
@@ -117,6 +153,8 @@ def test_without_rounding_the_rotated_checkpoint_is_the_model(recipe, dense, tmp
         return real(site, weights, gram, recipe, rotation)
 
     monkeypatch.setattr(block, "_quantize_site", remember)
+    # tuning makes up for the rounding, in the gains too: without rounding there is nothing to make up for
+    monkeypatch.setitem(RECIPES, recipe, replace(RECIPES[recipe], tune=TuneSpec()))
     output = tmp_path / "out"
     quantize(dense, output, recipe=recipe, salient=4, **SMALL)
     want, _ = logits(dense)

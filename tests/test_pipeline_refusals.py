@@ -97,6 +97,8 @@ def test_activations_that_overflow_name_the_layer(dense, tmp_path):
         ({"salient": 17}, "self_attn.q_proj: salient: got 17, need at most in_features / 4 = 16"),
         ({"salient": -1}, "salient: got -1"),
         ({"calibration": ["too short"]}, "text: got 9 tokens"),
+        ({"calibration": ["a" * 500]}, "calibration: got 6 sequences of one repeated token each, need text"),
+        ({"importance": "loud"}, "importance: got 'loud', need one of"),
         ({"resume": True}, "resume: got no unfinished run"),
     ],
 )

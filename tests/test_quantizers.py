@@ -224,8 +224,17 @@ def test_damping_is_measured_on_the_bulk_and_rises_when_it_must():
     gram[:8, :8] = torch.eye(8)  # rank 8: not invertible without damping
     tensors = quantize_weight(gaussian(N, K), gram, QuantSpec(damping=1e-7))
     assert torch.isfinite(tensors["scales"].float()).all()
-    with pytest.raises(NotPositiveDefiniteError, match="not positive definite"):
-        quantize_weight(gaussian(N, K), gram - 100 * torch.eye(K) + 101 * torch.ones(K, K), QuantSpec())
+    indefinite = gram - 100 * torch.eye(K) + 101 * torch.ones(K, K)
+    with (
+        pytest.warns(RuntimeWarning, match="damping doubled to") as warned,
+        pytest.raises(NotPositiveDefiniteError, match=r"not positive definite with damping up to 0\.64"),
+    ):
+        quantize_weight(gaussian(N, K), indefinite, QuantSpec())
+    assert len(warned) == 6
+    slightly = torch.eye(K, dtype=torch.float64)
+    slightly[0, 1] = slightly[1, 0] = 1.03
+    with pytest.warns(RuntimeWarning, match=r"damping doubled to 0\.04"):  # and no further
+        assert torch.isfinite(quantize_weight(gaussian(N, K), slightly, QuantSpec())["scales"].float()).all()
 
 
 def test_refusals_name_the_argument():

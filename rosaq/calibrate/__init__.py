@@ -2,6 +2,6 @@
 
 from rosaq.calibrate.blocks import BlockModel
 from rosaq.calibrate.gram import Gram, Tokens
-from rosaq.calibrate.importance import importance_from_scores, token_importance
+from rosaq.calibrate.importance import importance_from_scores, importance_summary, token_importance
 
-__all__ = ["BlockModel", "Gram", "Tokens", "importance_from_scores", "token_importance"]
+__all__ = ["BlockModel", "Gram", "Tokens", "importance_from_scores", "importance_summary", "token_importance"]

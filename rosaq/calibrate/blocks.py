@@ -129,7 +129,12 @@ class BlockModel:
         attention = self._blocks[index].get_submodule(self.family.value.rpartition(".")[0])
         received: list[Tensor] = []
 
-        def keep(_module: nn.Module, _args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> None:
+        def keep(_module: nn.Module, _args: tuple[Any, ...], out: tuple[Tensor, Tensor | None]) -> None:
+            if out[1] is None:
+                raise ValueError(
+                    f"importance: got no attention probabilities from {type(attention).__name__}, need an architecture "
+                    "with eager attention, or another importance than 'attention'"
+                )
             received.append(out[1].sum(dim=(1, 2)))  # [1, heads, queries, keys]
             raise _Stop
 

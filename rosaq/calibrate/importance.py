@@ -2,31 +2,80 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from rosaq.calibrate.blocks import BlockModel
 from rosaq.config import ImportanceSpec
 
 
-def importance_from_scores(scores: Tensor, floor: float) -> Tensor:
+def importance_from_scores(scores: Tensor, spec: ImportanceSpec) -> Tensor:
     """Raw scores [batch, length] -> importance [batch, length] with mean 1 in every sequence.
 
-    Min-max per sequence to [floor, 1], as RSQ does: the least important token still counts `floor`. The result enters
-    the gram to the first power. ValueError unless 0 < floor <= 1.
+    Min-max per sequence to [floor, 1], as RSQ does: the least important token still counts `floor`. Equal scores give
+    equal importance.
     """
-    if not 0 < floor <= 1:
-        raise ValueError(f"floor: got {floor}, need 0 < floor <= 1")
     low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
+    if spec.quantile < 1:
+        high = scores.quantile(spec.quantile, dim=-1, keepdim=True)
     spread = (high - low).clamp_min(1e-30)  # equal scores: everything at the floor, which the mean makes 1 again
-    importance = floor + (1 - floor) * (scores - low) / spread
+    share = ((scores - low) / spread).clamp_max(1)
+    importance = (spec.floor + (1 - spec.floor) * share) ** spec.exponent
     return importance / importance.mean(-1, keepdim=True)
 
 
+def distance_scores(hidden: Tensor) -> Tensor:
+    """Mean squared distance of each token of hidden [batch, length, d] to those of its sequence: [batch, length]."""
+    square = hidden.square().sum(-1)
+    mean = hidden.mean(1, keepdim=True)
+    return square + square.mean(-1, keepdim=True) - 2 * (hidden * mean).sum(-1)
+
+
+def chunk_importance(batch: int, length: int, spec: ImportanceSpec) -> Tensor:
+    """1 in the chosen chunks and 0 elsewhere, brought to mean 1: [batch, length]. ValueError if there are fewer tokens
+    than chunks."""
+    if length < spec.num_chunks:
+        raise ValueError(f"chunks: got sequences of {length} tokens, need at least num_chunks {spec.num_chunks}")
+    number = torch.arange(length) * spec.num_chunks // length
+    chosen = torch.isin(number, torch.tensor(spec.chunks)).float()
+    return (chosen / chosen.mean()).expand(batch, length)
+
+
 def token_importance(
-    model: BlockModel, index: int, weights: dict[str, Tensor], hidden: Tensor, spec: ImportanceSpec
+    model: BlockModel, index: int, weights: dict[str, Tensor], hidden: Tensor, spec: ImportanceSpec, counts: Tensor
 ) -> Tensor | None:
-    """Importance [batch * length] of the tokens hidden [batch, length, d] that enter block `index`; None: all equal."""
+    """Importance [batch * length] of the tokens hidden [batch, length, d] that enter block `index`; None: all equal.
+
+    counts [batch, length]: how often each token occurs in the calibration text.
+    """
     if spec.strategy == "uniform":
         return None
-    scores = model.attention_received(index, weights, hidden)
-    return importance_from_scores(scores, spec.floor).flatten()
+    if spec.strategy == "chunks":
+        return chunk_importance(hidden.shape[0], hidden.shape[1], spec).flatten()
+    if spec.strategy == "attention":
+        scores = model.attention_received(index, weights, hidden)
+    elif spec.strategy == "norm":
+        scores = hidden.norm(dim=-1)
+    elif spec.strategy == "change":
+        scores = -(model.run(index, weights, hidden) - hidden).norm(dim=-1)
+    elif spec.strategy == "distance":
+        scores = distance_scores(hidden)
+    else:
+        scores = -counts.float()
+    return importance_from_scores(scores, spec).flatten()
+
+
+def importance_summary(importance: list[Tensor | None]) -> dict[str, Any] | None:
+    """What importance does to a block's tokens: `effective_share` (sum)² / (count * sum of squares), 1 where all count
+    the same and 1 / count where one counts alone; `histogram`, the share of tokens in each power of two of the weight,
+    from below 1/4 to 64 and above. None where all count the same by definition."""
+    given = [weight for weight in importance if weight is not None]
+    if not given:
+        return None
+    weights = torch.cat(given).double()
+    bins = torch.bucketize(weights, 2.0 ** torch.arange(-2.0, 7.0, dtype=torch.float64), right=True)
+    share = torch.bincount(bins, minlength=10).double() / len(weights)
+    effective = weights.sum().square() / (len(weights) * weights.square().sum())
+    return {"effective_share": float(effective), "histogram": share.tolist()}

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,17 @@ _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
 _NOT_COPIED = ("config.json", "model.safetensors.index.json", LAYERS_FILE)
 
 
-def write_checkpoint(
-    model: DenseModel,
-    recipe: Recipe,
-    rotations: Rotations,
-    reports: list[LinearReport],
-    work: Workspace,
-    rotation_error: float | None,
-) -> None:
+@dataclass(frozen=True)
+class Report:
+    """What a run measured: one entry per linear; one per block ("tuned": loss before and after, "importance": summary
+    of the tokens' weights); the largest relative logit difference that the rotations made (None without any)."""
+
+    layers: list[LinearReport]
+    blocks: list[dict[str, Any]]
+    rotation_error: float | None
+
+
+def write_checkpoint(model: DenseModel, recipe: Recipe, rotations: Rotations, report: Report, work: Workspace) -> None:
     """Write weights, config, tokenizer files and the per-layer report into the workspace's final directory."""
     final = work.final_directory()
     write_shards(final, _tensors(model, recipe, rotations, work))
@@ -45,9 +48,10 @@ def write_checkpoint(
     _write_json(final / "config.json", _config(model, recipe, rotations))
     layers: dict[str, Any] = {
         "recipe": asdict(recipe),
-        "rotation_error": rotation_error,
+        "rotation_error": report.rotation_error,
         "spectrum": None if rotations.spectrum is None else rotations.spectrum.tolist(),
-        "layers": [report.to_dict() for report in reports],
+        "blocks": report.blocks,
+        "layers": [layer.to_dict() for layer in report.layers],
     }
     _write_json(final / LAYERS_FILE, layers)
     write_hashes(final)

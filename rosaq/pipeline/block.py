@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import BlockModel, Gram, Tokens, token_importance
+from rosaq.calibrate import BlockModel, Gram, Tokens, importance_summary, token_importance
 from rosaq.config import LinearFormat, Recipe
 from rosaq.layout import dequantize
 from rosaq.models import Family, Site
-from rosaq.quantizers import energy_index, quantize_weight, quantize_with_basis
+from rosaq.quantizers import NotPositiveDefiniteError, energy_index, quantize_weight, quantize_with_basis
 from rosaq.rotation import BlockRotations, rotate_blocks
 from rosaq.tuning import TunedBlock, TunedLinear, TuningTokens, tune_block
 
@@ -73,22 +73,25 @@ class BlockTask:
 @dataclass(frozen=True)
 class Streams:
     """Tokens that enter a block, batches [batch, length, d]. moments: of the model that `recipe.moments` names, for the
-    second moments; quantised: of the quantised model, for tuning. Empty where the recipe needs none."""
+    second moments; quantised: of the quantised model, for tuning. Empty where the recipe needs none. counts: how often
+    each token occurs in the calibration text, batches [batch, length]."""
 
     moments: list[Tensor]
     quantised: list[Tensor]
+    counts: list[Tensor]
 
 
 @dataclass(frozen=True)
 class BlockResult:
     """stored: the tensors of the block's linears, as in the checkpoint, and the norms' gains where they were tuned.
     reports: one per linear. loss: of the block before and after tuning, None without. outputs: of the dense block, if
-    the second moments were measured on its tokens."""
+    the second moments were measured on its tokens. importance: a summary of the tokens' weights."""
 
     stored: Tensors
     reports: list[LinearReport]
     loss: tuple[float, float] | None
     outputs: list[Tensor]
+    importance: dict[str, Any] | None
 
 
 def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
@@ -101,14 +104,20 @@ def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
     fmts = formats(recipe, model.family, task.rotations)
     current = online(weights, model.family, task.rotations)
     # once per block, before any of its linears is quantised
-    importance = [token_importance(model, task.index, current, x, recipe.importance) for x in streams.moments]
+    importance = [
+        token_importance(model, task.index, current, hidden, recipe.importance, counts)
+        for hidden, counts in zip(streams.moments, streams.counts, strict=True)
+    ]
     grams, outputs, made, loss = dict[str, Tensor](), list[Tensor](), dict[str, Tensors](), None
     if recipe.moments == "dense":
         grams = _grams(task, current, streams.moments, importance, model.family.sites, outputs)
     for site in model.family.sites:
         if streams.moments and site.name not in grams:
             grams |= _grams(task, current, streams.moments, importance, [site])
-        made |= _quantize_site(site, weights, grams.get(site.name), recipe, task.rotations)
+        try:
+            made |= _quantize_site(site, weights, grams.get(site.name), recipe, task.rotations)
+        except NotPositiveDefiniteError as error:
+            raise NotPositiveDefiniteError(f"{task.name}{site.linears[0]}: {error}") from error
         for linear in site.linears:
             current[f"{linear}.weight"] = effective_weight(made[linear], fmts[linear])
     gains: Tensors = {}
@@ -118,7 +127,7 @@ def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
     stored = {f"{linear}.{name}": tensor for linear, tensors in made.items() for name, tensor in tensors.items()}
     biases = {f"{linear}.bias" for linear in made} & weights.keys()
     stored |= {name: weights[name].to(torch.float16) for name in sorted(biases)}
-    return BlockResult(stored | gains, reports, loss, outputs)
+    return BlockResult(stored | gains, reports, loss, outputs, importance_summary(importance))
 
 
 def _tune(
@@ -165,7 +174,11 @@ def _grams(
 ) -> dict[str, Tensor]:
     """{site name: second moments [k, k] of its input}, from one forward pass. It ends at the last of the sites, or goes
     on to the block's outputs, which are then appended to `outputs`."""
-    rotation = task.rotations.mlp_out
+    rotation, chosen = task.rotations.mlp_out, task.recipe.importance.sites
+
+    def listens(site: Site) -> bool:
+        return not chosen or site.name in chosen
+
     grams = {site.name: Gram(current[f"{site.linears[0]}.weight"].shape[1]) for site in sites}
     for hidden, weight in zip(stream, importance, strict=True):
         found, out = task.model.inputs_of(task.index, current, hidden, sites, stop=outputs is None)
@@ -176,7 +189,7 @@ def _grams(
             if site.reads == "hidden" and rotation is not None:
                 x = rotate_blocks(x, rotation)
             try:
-                grams[site.name].add_tokens(Tokens(x, weight))
+                grams[site.name].add_tokens(Tokens(x, weight if listens(site) else None))
             except ValueError as error:
                 raise ValueError(f"{task.name}{site.linears[0]}: {error}") from error
     return {name: gram.mean() for name, gram in grams.items()}

@@ -49,12 +49,19 @@ class Rotations:
 
 
 def choose_rotations(
-    model: DenseModel, recipe: Recipe, stream: list[Tensor], seed: int, progress: Callable[[int], None]
+    model: DenseModel,
+    recipe: Recipe,
+    stream: list[Tensor],
+    counts: list[Tensor],
+    seed: int,
+    progress: Callable[[int], None],
 ) -> Rotations:
-    """The rotations of every block. stream: hidden states [batch, length, d] after the embedding (needed for PCA
-    only). progress is called with the number of each block that was measured."""
+    """The rotations of every block. stream: hidden states [batch, length, d] after the embedding, and the counts
+    [batch, length] of their tokens (needed for PCA only). progress is called with each block that was measured."""
     spec, sizes = recipe.rotation, model.blocks.sizes
-    grams = _measure(model, recipe, stream, progress) if "pca" in spec.residual or spec.values == "pca" else None
+    grams = (
+        _measure(model, recipe, stream, counts, progress) if "pca" in spec.residual or spec.values == "pca" else None
+    )
     residual, spectrum, values = None, None, None
     if spec.residual == "random":
         residual = random_orthogonal(sizes.hidden, _generator(seed, "residual"))
@@ -84,7 +91,9 @@ class _Grams:
     values: list[Tensor]  # per block [num_kv_heads, head_dim, head_dim]
 
 
-def _measure(model: DenseModel, recipe: Recipe, stream: list[Tensor], progress: Callable[[int], None]) -> _Grams:
+def _measure(
+    model: DenseModel, recipe: Recipe, stream: list[Tensor], counts: list[Tensor], progress: Callable[[int], None]
+) -> _Grams:
     """Second moments of the dense model's normalised residual stream and value heads, over all blocks.
 
     Importance counts here too: an attention sink is one token of hundreds, and plain second moments give its direction
@@ -99,7 +108,7 @@ def _measure(model: DenseModel, recipe: Recipe, stream: list[Tensor], progress: 
         weights = fold_norms(model.block(index), family)
         heads = [Gram(sizes.head_dim) for _ in range(sizes.num_kv_heads)]
         for i, hidden in enumerate(stream):
-            importance = token_importance(model.blocks, index, weights, hidden, recipe.importance)
+            importance = token_importance(model.blocks, index, weights, hidden, recipe.importance, counts[i])
             inputs, out = model.blocks.inputs_of(index, weights, hidden, wanted, stop=False)
             assert out is not None
             stream[i] = out

@@ -18,7 +18,7 @@ from torch import Tensor
 from rosaq.calibrate import BlockModel
 from rosaq.checkpoint import bits_per_weight, total_bytes
 from rosaq.config import CalibrationSpec, LinearFormat, Recipe
-from rosaq.pipeline.assemble import write_checkpoint
+from rosaq.pipeline.assemble import Report, write_checkpoint
 from rosaq.pipeline.block import (
     BlockTask,
     LinearReport,
@@ -78,6 +78,7 @@ def quantize(
     group_size: int = 64,
     symmetric: bool | None = None,
     salient: int | None = None,
+    importance: str | None = None,
     calibration: list[str] | None = None,
     spec: CalibrationSpec | None = None,
     force: bool = False,
@@ -86,7 +87,8 @@ def quantize(
 ) -> QuantizeResult:
     """Quantise the model in directory (or of hub name) `model` into the new directory `output`.
 
-    symmetric, salient: None keeps the recipe's choice. calibration: documents (None: prose that Python carries).
+    symmetric, salient, importance: None keeps the recipe's choice. calibration: documents (None: prose that Python
+    carries).
     Memory holds one block, the token stream and one shard. `output` appears complete or not at all; an interrupted
     run continues with `resume` and ends bit-identical.
 
@@ -94,7 +96,9 @@ def quantize(
     """
     started = time.monotonic()
     output = Path(output)
-    chosen = make_recipe(recipe, bits=bits, group_size=group_size, symmetric=symmetric, salient=salient)
+    chosen = make_recipe(
+        recipe, bits=bits, group_size=group_size, symmetric=symmetric, salient=salient, importance=importance
+    )
     spec = spec or CalibrationSpec()
     check_output(output, force=force)
     dense = DenseModel(local_directory(model))
@@ -113,7 +117,7 @@ def quantize(
         run.choose_rotations()
         run.quantize_blocks()
         error = run.check_logits()
-        write_checkpoint(dense, chosen, run.rotations, run.reports, work, error)
+        write_checkpoint(dense, chosen, run.rotations, Report(run.reports, run.blocks, error), work)
         report("write", dense.blocks.sizes.num_blocks)
         work.commit()
     except BaseException:
@@ -148,6 +152,7 @@ class _Run:
         self._ids = input_ids
         self.rotations = Rotations(None, None, None, None)
         self.reports: list[LinearReport] = []
+        self.blocks: list[dict[str, Any]] = []
         self._probe: Probe | None = None
 
     def choose_rotations(self) -> None:
@@ -158,7 +163,12 @@ class _Run:
         enough = max(1, _AXES_TOKENS // (self._spec.batch_size * self._spec.sequence_length))
         stream = self._stream(None)[:enough] if self._recipe.needs_tokens else []
         self.rotations = choose_rotations(
-            self._dense, self._recipe, stream, self._spec.seed, lambda block: self._report("axes", block)
+            self._dense,
+            self._recipe,
+            stream,
+            self._counts(),
+            self._spec.seed,
+            lambda block: self._report("axes", block),
         )
         self._work.save("rotations", self.rotations.to_tensors(), {})
 
@@ -166,7 +176,7 @@ class _Run:
         """All blocks in order; the finished ones of an earlier run are read back instead of made again."""
         model, family = self._dense.blocks, self._dense.blocks.family
         stream = self._stream(self.rotations.residual) if self._recipe.needs_tokens else []
-        streams = Streams(stream, list(stream) if self._recipe.tune.steps else [])
+        streams = Streams(stream, list(stream) if self._recipe.tune.steps else [], self._counts()[: len(stream)])
         if not self._recipe.rotation.is_identity:
             ids = self._ids[:1, :MAX_TOKENS]
             self._probe = Probe(self._embed(ids, None), self._embed(ids, self.rotations.residual))
@@ -178,6 +188,7 @@ class _Run:
             assert saved is not None
             tensors, values = saved
             self.reports += [LinearReport(**r) for r in values["reports"]]
+            self.blocks.append({key: values[key] for key in ("tuned", "importance")})
             if "probe.dense" in tensors:
                 self._probe = Probe(tensors.pop("probe.dense"), tensors.pop("probe.rotated"))
             runnable = _runnable(tensors, formats(self._recipe, family, self.rotations.of_block(index)))
@@ -215,7 +226,11 @@ class _Run:
         if self._probe is not None:
             probe = self._probe.step(model, index, self._dense.block(index), weights, rotations)
             stored |= {"probe.dense": probe.dense, "probe.rotated": probe.rotated}
-        self._work.save(block_name(index), stored, {"reports": [r.to_dict() for r in result.reports]})
+        self._work.save(
+            block_name(index),
+            stored,
+            {"reports": [r.to_dict() for r in result.reports], "tuned": result.loss, "importance": result.importance},
+        )
         return result.outputs
 
     def _rotated(self, index: int) -> Tensors:
@@ -238,6 +253,11 @@ class _Run:
     def _embed(self, input_ids: Tensor, residual: Tensor | None) -> Tensor:
         rows = self._dense.get(self._dense.embedding_name)
         return self._dense.blocks.embed(rows if residual is None else rotate_rows(rows, residual), input_ids)
+
+    def _counts(self) -> list[Tensor]:
+        """How often each calibration token occurs, in the batches of the stream."""
+        counts = torch.bincount(self._ids.flatten())[self._ids]
+        return list(counts.split(self._spec.batch_size))
 
     def _stream(self, residual: Tensor | None) -> list[Tensor]:
         """Hidden states after the embedding, one tensor [batch, length, hidden] per batch."""
@@ -269,7 +289,11 @@ def _windows(dense: DenseModel, calibration: list[str] | None, spec: Calibration
 
     tokenizer = AutoTokenizer.from_pretrained(dense.directory)
     documents = builtin_text("calibration") if calibration is None else calibration
-    return token_windows(tokenizer, documents, spec.num_sequences, spec.sequence_length, spec.seed)
+    ids = token_windows(tokenizer, documents, spec.num_sequences, spec.sequence_length, spec.seed)
+    if spec.sequence_length > 1 and not (ids != ids[:, :1]).any():
+        raise ValueError(f"calibration: got {len(ids)} sequences of one repeated token each, need text")
+    # RSQ's expansion: what an attention sink or an early position hides in one copy is in plain sight in another
+    return torch.cat([ids.roll(k * spec.sequence_length // spec.expansion, 1) for k in range(spec.expansion)])
 
 
 def _request(dense: DenseModel, recipe: Recipe, spec: CalibrationSpec, input_ids: Tensor) -> dict[str, Any]:

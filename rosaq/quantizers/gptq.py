@@ -9,6 +9,7 @@ the corrections of all the others, a least-squares fit for nothing.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from rosaq.config import QuantSpec
 from rosaq.quantizers.grid import Grid, empty_grid, fit_grid, from_codes, to_codes
 
 _PANEL = 128  # columns updated in one go; later panels get their corrections as one matrix product
-_MAX_DAMPING_STEPS = 8
+_MAX_DOUBLINGS = 6  # of the damping
 
 
 class NotPositiveDefiniteError(ValueError):
@@ -30,13 +31,18 @@ def inverse_factor(gram: Tensor, num_bulk: int, damping: float) -> Tensor:
     """Upper Cholesky factor U [k, k] float64 of (gram + damping)⁻¹, the first `num_bulk` columns being the bulk.
 
     The damping is a share of the bulk's mean diagonal: with a few huge salient directions in the mean, one per cent
-    of it would swamp the small ones. If the factorisation still fails, damping is doubled from a fresh copy.
+    of it would swamp the small ones. If the factorisation still fails, damping is doubled, from a fresh copy and with a
+    RuntimeWarning, at most 6 times.
     """
     mean = torch.diagonal(gram)[:num_bulk].mean()
     if not torch.isfinite(mean) or mean < 0:
         raise NotPositiveDefiniteError(f"gram: got a mean diagonal of {mean.item()}, need a finite positive number")
     share = max(damping, 1e-8)
-    for _ in range(_MAX_DAMPING_STEPS):
+    for doubling in range(_MAX_DOUBLINGS + 1):
+        if doubling:
+            share *= 2
+            message = f"gram [{len(gram)}, {len(gram)}] is not positive definite: damping doubled to {share:.3g}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
         damped = gram.clone()
         torch.diagonal(damped).add_(share * mean.clamp_min(torch.finfo(torch.float32).tiny))
         lower, info = torch.linalg.cholesky_ex(damped)
@@ -44,9 +50,8 @@ def inverse_factor(gram: Tensor, num_bulk: int, damping: float) -> Tensor:
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if info.item() == 0:
                 return torch.as_tensor(upper)
-        share *= 2
     raise NotPositiveDefiniteError(
-        f"gram [{gram.shape[0]}, {gram.shape[0]}] is not positive definite with damping up to {share / 2:.3g}: "
+        f"gram [{gram.shape[0]}, {gram.shape[0]}] is not positive definite with damping up to {share:.3g}: "
         "calibrate on more tokens, or raise damping"
     )
 
