@@ -97,7 +97,7 @@ def _measure(
     """Second moments of the dense model's normalised residual stream and value heads, over all blocks.
 
     Importance counts here too: an attention sink is one token of hundreds, and plain second moments give its direction
-    no principal axis (measured on a 135M model: 3 axes hold 45 % of its energy, weighted ones 99.6 % with 2).
+    no principal axis (DESIGN.md, "The sink is a salient direction").
     """
     family, sizes = model.blocks.family, model.blocks.sizes
     wanted = [site for site in family.sites if site.reads == "residual"]
