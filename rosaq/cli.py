@@ -67,13 +67,14 @@ def quantize(
     num_sequences: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
     sequence_length: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Calibration windows per forward pass.")] = 8,
+    expansion: Annotated[int, typer.Option(help="Copies of each window, rolled to other positions.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the windows and the random rotations.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Quantise a model's linear layers into a new checkpoint directory."""
-    spec = CalibrationSpec(num_sequences, sequence_length, batch_size, seed)
+    spec = CalibrationSpec(num_sequences, sequence_length, batch_size, seed, expansion)
     request: dict[str, Any] = {
         "recipe": recipe,
         "bits": bits,

@@ -307,8 +307,9 @@ class ImportanceSpec:
 class TuneSpec:
     """Block-wise tuning after quantisation: Adam on what the block stores.
 
-    steps         of Adam per block; 0 for no tuning.
+    steps         of Adam per block at most; 0 for no tuning.
     batch_size    sequences per step.
+    passes        over the calibration sequences at most: with few of them there are fewer steps.
     codes_rate    learning rate of the codes before rounding, in codes a step.
     scales_rate   of the scales, as a share of themselves; gains_rate: of the norms' gains, likewise.
     salient_rate  of the salient weights, in units of the linear's mean scale.
@@ -317,6 +318,7 @@ class TuneSpec:
 
     steps: int = 0
     batch_size: int = 2
+    passes: int = 2
     codes_rate: float = 5e-3
     scales_rate: float = 1e-3
     gains_rate: float = 5e-4
@@ -326,8 +328,9 @@ class TuneSpec:
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"steps: got {self.steps}, need 0 or more")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: got {self.batch_size}, need at least 1")
+        for name in ("batch_size", "passes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, need at least 1")
         for name in ("codes_rate", "scales_rate", "gains_rate", "salient_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, need 0 or more")

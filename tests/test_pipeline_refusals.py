@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rosaq.pipeline import quantize
+from rosaq.quantizers import NotPositiveDefiniteError
 from tests.models import SMALL, save_dense, tiny_llama
 
 
@@ -105,6 +106,16 @@ def test_activations_that_overflow_name_the_layer(dense, tmp_path):
 def test_bad_arguments_are_refused_before_any_work(arguments, message, dense, tmp_path):
     with pytest.raises(ValueError, match=message):
         quantize(dense, tmp_path / "out", **(SMALL | arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_second_moments_that_cannot_be_inverted_name_the_layer(dense, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise NotPositiveDefiniteError("gram [64, 64] is not positive definite")
+
+    monkeypatch.setattr("rosaq.pipeline.block.quantize_weight", refuse)
+    with pytest.raises(NotPositiveDefiniteError, match=r"^model\.layers\.0\.self_attn\.q_proj: gram \[64, 64\]"):
+        quantize(dense, tmp_path / "out", recipe="gptq", **SMALL)
     assert list(tmp_path.iterdir()) == []
 
 

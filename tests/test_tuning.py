@@ -12,7 +12,7 @@ from rosaq.pipeline.block import effective_weight
 from rosaq.quantizers import quantize_weight
 from rosaq.recipes import RECIPES
 from rosaq.tuning import TunedBlock, TunedLinear, TuningTokens, tune_block
-from rosaq.tuning.block import block_loss
+from rosaq.tuning.block import _batches, block_loss
 from tests.models import random_linear, save_dense, tiny_llama
 from tests.tolerances import assert_close_in, assert_tight
 
@@ -131,7 +131,7 @@ def test_tuning_lowers_the_loss_on_tokens_it_has_not_seen(setting):
     seen, unseen = part(tokens, slice(0, 16)), part(tokens, slice(16, 24))
     block = block_of(setting)
     before = block_loss(model, 0, block, unseen)
-    spec = TuneSpec(steps=64, batch_size=8, scales_rate=5e-3, gains_rate=5e-3, salient_rate=5e-2, bf16=False)
+    spec = TuneSpec(steps=64, batch_size=8, passes=64, scales_rate=5e-3, gains_rate=5e-3, salient_rate=5e-2, bf16=False)
     first, last = tune_block(model, 0, block, seen, spec, seed=0)
     assert last < 0.95 * first
     assert block_loss(model, 0, block, unseen) < 0.97 * before
@@ -140,6 +140,14 @@ def test_tuning_lowers_the_loss_on_tokens_it_has_not_seen(setting):
     for name, linear in block.linears.items():
         for key, tensor in linear.stored().items():
             assert torch.equal(tensor, again.linears[name].stored()[key]), (name, key)
+
+
+@pytest.mark.parametrize(("steps", "passes", "want"), [(5, 9, 5), (50, 2, 16), (50, 1, 8)])
+def test_every_sequence_comes_once_before_any_comes_again(steps, passes, want):
+    batches = list(_batches(24, TuneSpec(steps=steps, batch_size=3, passes=passes), seed=1))
+    assert len(batches) == want
+    once = torch.cat(batches[:8])
+    assert len(once.unique()) == len(once)
 
 
 def test_gains_are_stored_as_they_were_tuned(setting):
@@ -154,6 +162,8 @@ def test_gains_are_stored_as_they_were_tuned(setting):
 def test_refusals():
     with pytest.raises(ValueError, match="steps: got -1, need 0 or more"):
         TuneSpec(steps=-1)
+    with pytest.raises(ValueError, match="passes: got 0, need at least 1"):
+        TuneSpec(passes=0)
     with pytest.raises(ValueError, match="batch_size: got 0"):
         TuneSpec(batch_size=0)
     with pytest.raises(ValueError, match=r"codes_rate: got -0\.1"):

@@ -126,10 +126,10 @@ def _loss(
 
 
 def _batches(num_sequences: int, spec: TuneSpec, seed: int) -> Iterator[Tensor]:
-    """`spec.steps` batches of sequence numbers: every sequence once before any comes again."""
+    """Batches of sequence numbers, one per step: every sequence once before any comes again."""
     generator = torch.Generator().manual_seed(seed)
     size, waiting = min(spec.batch_size, num_sequences), torch.empty(0, dtype=torch.int64)
-    for _ in range(spec.steps):
+    for _ in range(min(spec.steps, max(1, spec.passes * num_sequences // size))):
         if len(waiting) < size:
             waiting = torch.cat([waiting, torch.randperm(num_sequences, generator=generator)])
         yield waiting[:size]
