@@ -57,6 +57,16 @@ def test_the_error_stays_small_over_many_tokens_and_between_unequal_channels():
     assert torch.equal(got, got.T)
 
 
+def test_a_massive_token_leaves_the_others_exact():
+    t = tokens(2000, 48)
+    x = t.x.clone()
+    x[7] *= 1e4
+    wide = x[7].double()
+    got = gram_of(Tokens(x)) * len(x) - torch.outer(wide, wide)
+    rest = torch.cat([x[:7], x[8:]]).double()
+    assert_gram_close(got, rest.T @ rest)
+
+
 def test_gram_refuses_bad_tokens():
     with pytest.raises(ValueError, match=r"importance: got shape \(3,\), need \(4,\)"):
         Tokens(torch.zeros(4, 2), torch.ones(3))

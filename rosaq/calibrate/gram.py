@@ -36,6 +36,7 @@ class Tokens:
 
 
 _TOKENS_AT_ONCE = 1024  # summed in float32: an entry's error stays below 2**-20 of the energies of its two channels
+_LOUD = 256  # tokens with more than so many times the median energy are summed in float64: a few in a thousand
 _COLUMNS_AT_ONCE = 256  # of the upper triangle: smaller panels skip more of the lower one, larger ones multiply faster
 
 
@@ -62,6 +63,11 @@ class Gram:
             weight = tokens.importance.double()
             self._weight += float(weight.sum())
             x = x * weight.sqrt().float()[:, None]
+        # A massive activation's rounding errors would drown what is left once its direction is kept in 16 bits.
+        energy = x.square().sum(1)
+        is_loud = energy > _LOUD * energy.median()
+        loud, x = x[is_loud].double(), x[~is_loud]
+        self._sum += loud.T @ loud
         for chunk in x.split(_TOKENS_AT_ONCE):
             for start in range(0, x.shape[1], _COLUMNS_AT_ONCE):
                 rows = chunk[:, start : start + _COLUMNS_AT_ONCE]
