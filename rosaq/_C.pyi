@@ -17,6 +17,12 @@ def active_isa() -> str:
 def set_isa(name: str) -> None:
     """Switch the whole process to `name`, for tests and benchmarks. ValueError if it is not available."""
 
+def cpu_precision() -> str:
+    """How activations enter the CPU's products: exact, or int8 (see `rosaq.set_cpu_precision`)."""
+
+def set_cpu_precision(name: str) -> None:
+    """exact or int8, for the whole process. ValueError for any other name."""
+
 def packed_bytes(
     n: int, k: int, bits: int, group_size: int, symmetric: bool, cuda: bool = False, bf16_scales: bool = False
 ) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from _rosaq_autoload import install
 from rosaq import ops as ops
+from rosaq.ops import set_cpu_precision as set_cpu_precision
 
 if TYPE_CHECKING:
     from rosaq.checkpoint import read_config as read_config

@@ -27,6 +27,7 @@ def diagnose() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "isas": _C.available_isas(),
             "active_isa": _C.active_isa(),
+            "precision": _C.cpu_precision(),
         },
         "cuda": _cuda(),
         "transformers": _transformers(),

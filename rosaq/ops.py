@@ -45,6 +45,16 @@ def check_device(device: torch.device) -> None:
         )
 
 
+def set_cpu_precision(name: str) -> None:
+    """How the CPU kernels read activations, for the whole process; the environment variable is ROSAQ_CPU_PRECISION.
+
+    "exact" (the default): as integers of 16 (bfloat16), 22 (float16) or 30 bits (float32) under the largest of 128
+    channels. "int8": 8 bits under it, about 6e-3 relative error of y and up to four times as fast with many tokens; the
+    portable kernels have no 8-bit product and stay exact. Weights are exact in both. ValueError for any other name.
+    """
+    _C.set_cpu_precision(name)
+
+
 def prepack(qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
     """Disk layout -> the opaque blob that `fused_gemm` reads.
 

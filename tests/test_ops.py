@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 from cases import Case, all_pairs, build, case_id, make_linear, make_x, pairs_of, pairwise_cases, random_rotation
-from tolerances import assert_as_good_as
+from tolerances import assert_as_good_as, assert_int8_close, worst_column_error
 
+import rosaq
 from rosaq import _C, ops, reference
 
 CASES = pairwise_cases()
@@ -184,6 +186,66 @@ def test_compiles_as_one_graph_with_dynamic_batch() -> None:
     for m in (1, 5, 33):
         x = torch.randn(m, 64)
         assert torch.equal(compiled(x), linear.run(torch.relu(x), packed) * 2)
+
+
+@pytest.fixture
+def int8_precision() -> Iterator[None]:
+    rosaq.set_cpu_precision("int8")
+    yield
+    rosaq.set_cpu_precision("exact")
+
+
+@pytest.mark.parametrize("m", [1, 3, 40])
+@pytest.mark.parametrize("x_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int8_activations_have_the_documented_error(
+    m: int,
+    x_dtype: str,
+    symmetric: bool,
+    isa: str,
+    int8_precision: None,  # noqa: ARG001
+) -> None:
+    linear, x = make_linear(40, 1024, 4, 128, symmetric), torch.randn(m, 1024).to(getattr(torch, x_dtype))
+    want = reference.fused_gemm(x, linear.qweight, linear.scales, linear.zeros, 4)
+    y = linear.run(x)
+    assert_int8_close(y, want)
+    if isa != "portable" and x_dtype == "float32":  # it is another path, and it is deterministic for any batch
+        assert worst_column_error(y, want) > 2.0**-12
+        assert torch.equal(y, torch.cat([linear.run(row) for row in x.split(1)]))
+
+
+def test_another_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="set_cpu_precision: name: got 'int4', need exact or int8"):
+        rosaq.set_cpu_precision("int4")
+    assert _C.cpu_precision() == "exact"
+
+
+@pytest.mark.parametrize("name", ["exact", "int8"])
+def test_environment_variable_chooses_the_precision(name: str) -> None:
+    code = "import torch; from rosaq import _C; print(_C.cpu_precision())"
+    env = os.environ | {"ROSAQ_CPU_PRECISION": name}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == name
+
+
+@pytest.mark.parametrize("x_dtype", ["float16", "bfloat16"])
+def test_16_bit_tokens_give_the_same_bits_in_any_batch(x_dtype: str) -> None:
+    """Every tile size, with tokens that only fill a tile up, and every feature."""
+    linear = make_linear(40, 384, 3, 64, symmetric=False)
+    linear.extras |= {"salient_weight": torch.randn(40, 37).half(), "salient_basis": torch.randn(384, 37).half()}
+    linear.extras["rotation"] = random_rotation(3, 128)
+    x = make_x(30, 384, x_dtype)
+    alone = torch.cat([linear.run(row) for row in x.split(1)])
+    for m in (2, 3, 4, 5, 7, 8, 9, 12, 13, 25, 30):
+        assert torch.equal(linear.run(x[:m]), alone[:m]), m
+
+
+def test_a_chunk_whose_largest_needs_a_shorter_fraction_is_exact() -> None:
+    """255/128 with 16 bits would round up past the largest pair of digits."""
+    linear, x = make_linear(16, 64, 4, 32, symmetric=False), torch.zeros(3, 64, dtype=torch.bfloat16)
+    x[0, 3], x[1, 3], x[2, 3] = 255 / 128, -255 / 128, 254 / 128
+    want = reference.fused_gemm(x, linear.qweight, linear.scales, linear.zeros, 4)
+    assert torch.equal(linear.run(x), want.bfloat16())
 
 
 @pytest.mark.parametrize("name", ["portable", _C.available_isas()[-1]])

@@ -13,21 +13,22 @@ int64_t padded(int64_t k) {
     return (round_up<int64_t>(k, 16) / 16 | 1) * 16;
 }
 
-int64_t num_digits(const FusedGemmArgs& a) {
-    return a.x.dtype == DType::kFloat32 ? 4 : 3;
+// What x's dtype carries: 8, 11 and 24 bits of mantissa, and room below the largest of a chunk.
+int num_digits(const FusedGemmArgs& a) {
+    if (a.int8_activations) return 1;
+    return a.x.dtype == DType::kBFloat16 ? 2 : a.x.dtype == DType::kFloat16 ? 3 : 4;
 }
 
-int64_t digit_row_bytes(const FusedGemmArgs& a) {
-    return (ceil_div(num_digits(a) * a.weight.k, kLineBytes) | 1) * kLineBytes;
+bool streams(const FusedGemmArgs& a, const KernelTable& kernels) {
+    return kernels.stream_gemm != nullptr && a.m <= kernels.stream_limits.tokens[num_digits(a) - 1];
 }
 
-bool few_tokens(const FusedGemmArgs& a, const KernelTable& kernels) {
-    return a.m <= (a.x.dtype == DType::kFloat32 ? kernels.stream_limit.tokens_32bit
-                                                : kernels.stream_limit.tokens_16bit);
+int64_t padded_tokens(int64_t m, int64_t tile_rows) {
+    return m / tile_rows * tile_rows + (m % tile_rows ? tile_size(m % tile_rows, tile_rows) : 0);
 }
 
 struct Workspace {
-    int64_t t, rotated, s, planes, sums, exponents, total;  // byte offsets
+    int64_t t, rotated, s, planes, offsets, units, total;  // byte offsets
 };
 
 Workspace plan(const FusedGemmArgs& a) {
@@ -38,13 +39,15 @@ Workspace plan(const FusedGemmArgs& a) {
         return at;
     };
     const int64_t k = a.weight.k, chunks = k / chunk_k(a.weight.group_size);
-    const bool stream = few_tokens(a, active_kernels());
+    const KernelTable& kernels = active_kernels();
+    const int64_t digits = streams(a, kernels) ? num_digits(a) : 0;
     w.t = take(a.m * padded(k) * 4);
     w.rotated = take(a.rotation_size ? a.m * padded(k) * 4 : 0);
     w.s = take(a.r ? a.m * padded(a.r) * 4 : 0);
-    w.planes = take(stream ? a.m * digit_row_bytes(a) : 0);
-    w.sums = take(stream ? a.m * num_digits(a) * chunks * 4 : 0);
-    w.exponents = take(stream ? a.m * chunks * 4 : 0);
+    const int64_t tokens = digits ? padded_tokens(a.m, kernels.tile_rows[digits - 1]) : 0;
+    w.planes = take(tokens * k * digits);
+    w.offsets = take(tokens * chunks * digit_parts(static_cast<int>(digits)) * 4);
+    w.units = take(tokens * chunks * 4);
     return w;
 }
 
@@ -87,10 +90,8 @@ struct Steps {
                      [&](int64_t begin, int64_t end) { kernels.block_gemm(p, begin, end); });
             return;
         }
-        const int64_t chunk = chunk_k(w.group_size);
-        parallel(args.m, grain(w.k), [&](int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; ++row)
-                kernels.make_digits(p.t, p.ldt, row, w.k, chunk, p.digits);
+        parallel(padded_tokens(args.m, p.digits.tile_rows), grain(w.k), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) kernels.make_digits(p, row);
         });
         parallel(w.layout.num_panels, grain(w.k * kPanelRows),
                  [&](int64_t begin, int64_t end) { kernels.stream_gemm(p, begin, end); });
@@ -128,10 +129,15 @@ void fused_gemm(const FusedGemmArgs& args, void* workspace, const Parallel& para
         p.lds = padded(args.r);
         steps.project(t, ldt, s, p.lds);
     }
-    if (few_tokens(args, steps.kernels))
-        p.digits = {static_cast<int>(num_digits(args)), reinterpret_cast<int8_t*>(base + plan_.planes),
-                    digit_row_bytes(args), reinterpret_cast<int32_t*>(base + plan_.sums),
-                    reinterpret_cast<float*>(base + plan_.exponents)};
+    if (streams(args, steps.kernels)) {
+        const int digits = num_digits(args);
+        p.digits = {digits,
+                    steps.kernels.tile_rows[digits - 1],
+                    reinterpret_cast<int8_t*>(base + plan_.planes),
+                    reinterpret_cast<int32_t*>(base + plan_.offsets),
+                    reinterpret_cast<float*>(base + plan_.units),
+                    args.weight.symmetric ? 1 << (args.weight.bits - 1) : 1};
+    }
     steps.main_loop(p);
 }
 

@@ -46,6 +46,21 @@ std::atomic<const KernelTable*>& active_table() {
     return table;
 }
 
+Precision find_precision(const std::string& name, const char* source) {
+    if (name == "exact") return Precision::kExact;
+    if (name == "int8") return Precision::kInt8;
+    throw std::invalid_argument(std::string(source) + ": got '" + name + "', need exact or int8");
+}
+
+std::atomic<Precision>& chosen_precision() {
+    static std::atomic<Precision> precision{[] {
+        const char* asked = std::getenv("ROSAQ_CPU_PRECISION");
+        return asked != nullptr && asked[0] != '\0' ? find_precision(asked, "ROSAQ_CPU_PRECISION")
+                                                    : Precision::kExact;
+    }()};
+    return precision;
+}
+
 }  // namespace
 
 std::vector<std::string> available_isas() {
@@ -60,6 +75,18 @@ const KernelTable& active_kernels() {
 
 void set_isa(const std::string& name) {
     active_table().store(find_table(name, "set_isa: name"));
+}
+
+Precision active_precision() {
+    return chosen_precision().load(std::memory_order_relaxed);
+}
+
+void set_precision(const std::string& name) {
+    chosen_precision().store(find_precision(name, "set_cpu_precision: name"));
+}
+
+std::string precision_name() {
+    return active_precision() == Precision::kInt8 ? "int8" : "exact";
 }
 
 }  // namespace rosaq::cpu

@@ -9,7 +9,7 @@ namespace rosaq::cpu {
 namespace {
 
 template <class S>
-constexpr KernelTable kernel_table(const char* name, StreamLimit stream_limit) {
+constexpr KernelTable kernel_table(const char* name, StreamLimits stream_limits) {
     KernelTable table{};
     table.name = name;
     table.block_panels = kTileCols<S> / kPanelRows;
@@ -18,7 +18,8 @@ constexpr KernelTable kernel_table(const char* name, StreamLimit stream_limit) {
     table.dense_product = dense_product<S>;
     table.block_gemm = block_gemm<S>;
     if constexpr (S::kByteDot) {
-        table.stream_limit = stream_limit;
+        table.stream_limits = stream_limits;
+        for (int d = 0; d < kMaxDigits; ++d) table.tile_rows[d] = tile_rows<S>(d + 1);
         table.make_digits = make_digits<S>;
         table.stream_gemm = stream_gemm<S>;
     }

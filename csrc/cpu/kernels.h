@@ -18,15 +18,33 @@ static constexpr int64_t chunk_k(int64_t group_size) {
     return kBlockK;
 }
 
-// t as fixed point: per row and chunk c,  t = exponent[c] * sum_p digits[p] * 256^(num_digits-1-p).
+constexpr int kMaxDigits = 4;
+
+// t as fixed point: per row and chunk c,  t = units[c] * sum_p digits[p] * 256^(num_digits-1-p).
+// Tokens lie in tiles of tile_rows, the last one as tile_size has it, so that the kernel reads one sequential
+// stream with distances known at compile time. Tokens past m are zeros.
 struct Digits {
-    int num_digits = 0;        // 3 or 4 signed bytes
-    int8_t* planes = nullptr;  // [m, k / chunk, num_digits, chunk], rows row_bytes apart
-    int64_t row_bytes = 0;     // an odd number of cache lines: tokens must not share L1 sets
-    int32_t* sums = nullptr;   // [m, k / chunk, num_digits]: sum of each digit over the chunk
-    float* exponents =
-        nullptr;  // [m, k / chunk]: a power of two; 0 for a chunk of zeros; NaN if one is not finite
+    int num_digits = 0;        // signed bytes per activation, 1 to 4
+    int64_t tile_rows = 0;     // tokens per tile
+    int8_t* planes = nullptr;  // per tile [k / 32, tokens, num_digits, 32]
+    int32_t* offsets =
+        nullptr;             // per tile [k / chunk, tokens, parts]: -fixed_zero * sum of the chunk's integers
+    float* units = nullptr;  // per tile [k / chunk, tokens]; 0 for a chunk of zeros, NaN if one is not finite
+    int32_t fixed_zero = 1;  // the zero point if all groups share it, else 1
 };
+
+// Tokens of a tile that begins `left` tokens before the end: a power of two where they do not fill a whole
+// one. Every size is an instance of the kernel, and there should be few.
+static constexpr int64_t tile_size(int64_t left, int64_t tile_rows) {
+    int64_t size = 1;
+    while (size < left && size < tile_rows) size *= 2;
+    return size < tile_rows ? size : tile_rows;
+}
+
+// Sums of up to two digits fit 32 bits together; three and four digits are kept as a high and a low part.
+static constexpr int digit_parts(int num_digits) {
+    return num_digits > 2 ? 2 : 1;
+}
 
 // out[m, batch * cols + :] = a[m, batch * rows + :] * b[batch]   (b row-major [rows, cols]; batch 0 for all
 // if shared)
@@ -49,10 +67,9 @@ struct MainLoop {
     Digits digits;
 };
 
-// The largest m for which stream_gemm beats block_gemm, measured: by x of 16 bits (3 digits) and of 32 (4
-// digits).
-struct StreamLimit {
-    int64_t tokens_16bit, tokens_32bit;
+// The largest m for which stream_gemm beats block_gemm, measured, by the number of digits (1 to 4).
+struct StreamLimits {
+    int64_t tokens[kMaxDigits];
 };
 
 struct KernelTable {
@@ -67,9 +84,9 @@ struct KernelTable {
 
     // Few tokens: codes x digits in exact integers, every weight byte read from memory once. Unit: one
     // panel. Null with a limit of 0 where there is no byte dot product.
-    StreamLimit stream_limit;
-    void (*make_digits)(const float* t, int64_t ldt, int64_t row, int64_t k, int64_t chunk,
-                        const Digits& out);
+    StreamLimits stream_limits;
+    int64_t tile_rows[kMaxDigits];  // tokens per tile, by the number of digits
+    void (*make_digits)(const MainLoop& p, int64_t row);
     void (*stream_gemm)(const MainLoop& p, int64_t panel_begin, int64_t panel_end);
 };
 

@@ -16,62 +16,176 @@ void to_float(const Buffer& x, int64_t row, int64_t k, float* t_row) {
         S::store_f(t_row + i, S::load_any(in + i * dtype_bytes(x.dtype), x.dtype));
 }
 
+constexpr int64_t kFewRows =
+    4;  // up to here converting b again for every row is cheaper than storing it as float32
 constexpr int64_t kDenseRows = 168;  // as kBlockRows: their sums stay in L2
 
 // A chunk whose largest magnitude is below 2^-90 counts as zero: its powers of two would leave the float
 // range.
 constexpr int32_t kSmallestExponent = 127 - 90;
 
-// One chunk as fixed point with 8 * kDigits - 2 bits under the largest magnitude, cut into balanced digits
-// (-128..127). Two bits of headroom: the top digit of a balanced number reaches 127 only.
+// What one chunk's activations are multiplied with to become integers, and what an integer is worth.
+struct Fixed {
+    float scale, unit;
+};
+
+// `largest` is the bit pattern of the largest magnitude, finite and not tiny. One digit: 127 levels of the
+// largest magnitude, the rounding that int8 activations mean. More: a power of two, so that the integers are
+// exact where the digits suffice. Two digits use 15 bits where the largest magnitude rounds to at most 127 *
+// 256 + 127, else 14; three and four leave two bits of headroom.
+template <int kDigits>
+__attribute__((always_inline)) inline Fixed fixed_point(int32_t largest) {
+    const float magnitude = float_from_bits(static_cast<uint32_t>(largest));
+    if constexpr (kDigits == 1) return {127.0f / magnitude, magnitude / 127.0f};
+    const int32_t biased = largest >> 23;  // magnitude < 2^(biased - 126)
+    const bool fits = kDigits == 2 && (largest & 0x7fffff) < 0x7eff00;
+    const int32_t bits = fits ? 15 : 8 * kDigits - 2;
+    return {float_from_bits(static_cast<uint32_t>(bits + 253 - biased) << 23),
+            float_from_bits(static_cast<uint32_t>(biased + 1 - bits) << 23)};
+}
+
+// Where the digits of one row and chunk go: 32 channels of a digit together, blocks block_bytes apart.
+struct DigitRow {
+    int8_t* planes;
+    int64_t block_bytes;
+    int32_t* offsets;
+    float* unit;
+};
+
+// One chunk as integers cut into balanced digits (-128..127).
 template <class S, int kDigits>
-__attribute__((always_inline)) inline void chunk_digits(const float* t, int64_t chunk, int8_t* planes,
-                                                        int32_t* sums, float* exponent) {
+void chunk_digits(const float* t, int64_t chunk, int32_t fixed_zero, const DigitRow& out) {
     using I = typename S::I;
-    constexpr int32_t kFixedBits = 8 * kDigits - 2;
     // As integers the magnitudes of floats keep their order, with infinity and NaN on top.
     I largest = S::zero_i();
     const I magnitude_mask = S::set_i(0x7fffffff);
     for (int64_t i = 0; i < chunk; i += S::kLanes)
         largest = S::max_i(largest, S::and_i(S::bits_of(S::load_f(t + i)), magnitude_mask));
-    const int32_t biased = S::largest_i(largest) >> 23;  // largest magnitude < 2^(biased - 126)
-    if (biased == 255 || biased < kSmallestExponent) {
-        *exponent = biased == 255 ? float_from_bits(0x7fc00000u) : 0.0f;
-        for (int d = 0; d < kDigits; ++d) {
-            sums[d] = 0;
-            std::memset(planes + d * chunk, 0, static_cast<size_t>(chunk));
-        }
-        return;
-    }
-    *exponent = float_from_bits(static_cast<uint32_t>(biased + 1 - kFixedBits) << 23);
-    const auto scale = S::set_f(float_from_bits(static_cast<uint32_t>(kFixedBits + 253 - biased) << 23));
+    const int32_t magnitude = S::largest_i(largest), biased = magnitude >> 23;
+    const bool skip = biased == 255 || biased < kSmallestExponent;
+    const Fixed fixed = skip ? Fixed{0.0f, biased == 255 ? float_from_bits(0x7fc00000u) : 0.0f}
+                             : fixed_point<kDigits>(magnitude);
+    *out.unit = fixed.unit;
+    const auto scale = S::set_f(fixed.scale);
     I sum[kDigits];
     for (int d = 0; d < kDigits; ++d) sum[d] = S::zero_i();
     for (int64_t i = 0; i < chunk; i += S::kLanes) {
-        I value = S::to_int(S::mul_f(S::load_f(t + i), scale));
+        int8_t* planes = out.planes + i / kBlockK * out.block_bytes + i % kBlockK;
+        I value = skip ? S::zero_i() : S::to_int(S::mul_f(S::load_f(t + i), scale));
         for (int d = kDigits - 1; d >= 0; --d) {
-            const I digit = S::template sar<24>(S::template shl<24>(value));
-            S::store_low_bytes(planes + d * chunk + i, digit);
+            const I digit = d == 0 ? value : S::template sar<24>(S::template shl<24>(value));
+            S::store_low_bytes(planes + d * kBlockK, digit);
             sum[d] = S::add_i(sum[d], digit);
-            value = S::template sar<8>(S::sub_i(value, digit));
+            if (d > 0) value = S::template sar<8>(S::sub_i(value, digit));
         }
     }
-    for (int d = 0; d < kDigits; ++d) sums[d] = S::sum_i(sum[d]);
+    // Two digits of 128 channels are below 2^22, times a zero point of 8 bits below 2^30.
+    int32_t part = 0;
+    for (int d = 0; d < kDigits; ++d) {
+        part = part * 256 + S::sum_i(sum[d]);
+        const bool ends = d == kDigits - 1 || d == kDigits - 3;
+        if (!ends) continue;
+        *(d == kDigits - 1 ? out.offsets + digit_parts(kDigits) - 1 : out.offsets) = -fixed_zero * part;
+        part = 0;
+    }
+}
+
+// The same for a token that only fills a tile up.
+ROSAQ_INLINE void zero_digits(int64_t chunk, int64_t token_bytes, int64_t parts, const DigitRow& out) {
+    for (int64_t b = 0; b < chunk / kBlockK; ++b)
+        std::memset(out.planes + b * out.block_bytes, 0, static_cast<size_t>(token_bytes));
+    for (int64_t part = 0; part < parts; ++part) out.offsets[part] = 0;
+    *out.unit = 0.0f;
+}
+
+template <class S, int kDigits>
+void digit_row(const MainLoop& p, int64_t row) {
+    const PackedWeight& w = p.args->weight;
+    const int64_t chunk = chunk_k(w.group_size), num_chunks = w.k / chunk, blocks = chunk / kBlockK;
+    const int64_t row0 = row / p.digits.tile_rows * p.digits.tile_rows, in_tile = row - row0;
+    const int64_t rows = tile_size(p.args->m - row0, p.digits.tile_rows);
+    constexpr int64_t token_bytes = kDigits * kBlockK, parts = digit_parts(kDigits);
+    for (int64_t c = 0; c < num_chunks; ++c) {
+        const int64_t at = row0 * num_chunks + c * rows + in_tile;
+        const DigitRow out{
+            p.digits.planes + row0 * w.k * kDigits + (c * blocks * rows + in_tile) * token_bytes,
+            rows * token_bytes, p.digits.offsets + at * parts, p.digits.units + at};
+        if (row < p.args->m)
+            chunk_digits<S, kDigits>(p.t + row * p.ldt + c * chunk, chunk, p.digits.fixed_zero, out);
+        else
+            zero_digits(chunk, token_bytes, parts, out);
+    }
 }
 
 template <class S>
-void make_digits(const float* t, int64_t ldt, int64_t row, int64_t k, int64_t chunk, const Digits& out) {
-    const int64_t num_chunks = k / chunk, digits = out.num_digits;
-    int8_t* planes = out.planes + row * out.row_bytes;
-    for (int64_t c = 0; c < num_chunks; ++c) {
-        int32_t* sums = out.sums + (row * num_chunks + c) * digits;
-        float* exponent = out.exponents + row * num_chunks + c;
-        const float* in = t + row * ldt + c * chunk;
-        if (digits == 3)
-            chunk_digits<S, 3>(in, chunk, planes + c * digits * chunk, sums, exponent);
-        else
-            chunk_digits<S, 4>(in, chunk, planes + c * digits * chunk, sums, exponent);
+void make_digits(const MainLoop& p, int64_t row) {
+    switch (p.digits.num_digits) {
+        case 1:
+            return digit_row<S, 1>(p, row);
+        case 2:
+            return digit_row<S, 2>(p, row);
+        case 3:
+            return digit_row<S, 3>(p, row);
+        default:
+            return digit_row<S, 4>(p, row);
     }
+}
+
+// acc[kVectors vectors of columns] += one row of a * b for kBlocks tiles of kTileDepth (or one of `depth`) k,
+// without a copy of b. The order of the sums is that of multiply_rows, so the bits are too; 8 independent
+// ones hide the latency.
+template <class S, DType kType, int kVectors, int kBlocks>
+void multiply_row(const float* a, const char* b, int64_t row_bytes, int64_t depth, float* acc) {
+    typename S::F sum[kBlocks][kVectors];
+    for (int i = 0; i < kBlocks; ++i)
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = S::zero_f();
+    for (int64_t d = 0; d < depth; ++d)
+        for (int i = 0; i < kBlocks; ++i) {
+            const auto x = S::set_f(a[i * kTileDepth + d]);
+            const char* row = b + (i * kTileDepth + d) * row_bytes;
+            for (int v = 0; v < kVectors; ++v)
+                sum[i][v] =
+                    S::mul_add(x, S::load_any(row + v * S::kLanes * dtype_bytes(kType), kType), sum[i][v]);
+        }
+    for (int i = 0; i < kBlocks; ++i)
+        for (int v = 0; v < kVectors; ++v) {
+            float* out = acc + v * S::kLanes;
+            S::store_f(out, S::add_f(S::load_f(out), sum[i][v]));
+        }
+}
+
+template <class S, DType kType, int kVectors>
+void multiply_columns(const DenseProduct& p, int64_t batch, int64_t first) {
+    constexpr int kBlocks = 8 / kVectors;
+    const int64_t row_bytes = p.cols * dtype_bytes(kType), many = kBlocks * kTileDepth;
+    const char* b = static_cast<const char*>(element(p.b, (p.shared ? 0 : batch * p.rows * p.cols) + first));
+    for (int64_t m = 0; m < p.m; ++m) {
+        const float* a = p.a + m * p.lda + batch * p.rows;
+        float* out = p.out + m * p.ldo + batch * p.cols + first;
+        for (int v = 0; v < kVectors; ++v) S::store_f(out + v * S::kLanes, S::zero_f());
+        int64_t k0 = 0;
+        for (; k0 + many <= p.rows; k0 += many)
+            multiply_row<S, kType, kVectors, kBlocks>(a + k0, b + k0 * row_bytes, row_bytes, kTileDepth, out);
+        for (; k0 < p.rows; k0 += kTileDepth)
+            multiply_row<S, kType, kVectors, 1>(a + k0, b + k0 * row_bytes, row_bytes,
+                                                p.rows - k0 < kTileDepth ? p.rows - k0 : kTileDepth, out);
+    }
+}
+
+// Units [unit, unit_end) of few rows, as many as go together: four that lie in one batch, else one. Returns
+// their number, 0 if the unit is not a whole one.
+template <class S, DType kType>
+int64_t few_rows_units(const DenseProduct& p, int64_t unit, int64_t unit_end) {
+    constexpr int64_t cols = kTileCols<S>;
+    const int64_t units_per_batch = ceil_div(p.cols, cols), batch = unit / units_per_batch;
+    const int64_t first = unit % units_per_batch * cols;
+    if (unit + 4 <= unit_end && first + 4 * cols <= p.cols) {
+        multiply_columns<S, kType, 8>(p, batch, first);
+        return 4;
+    }
+    if (first + cols > p.cols) return 0;
+    multiply_columns<S, kType, 2>(p, batch, first);
+    return 1;
 }
 
 // One unit: kTileCols columns of one batch.
@@ -107,6 +221,14 @@ void dense_unit(const DenseProduct& p, int64_t unit, int64_t row0, int64_t rows)
 
 template <class S>
 void dense_product(const DenseProduct& p, int64_t unit_begin, int64_t unit_end) {
+    if (p.m <= kFewRows) {
+        for (int64_t unit = unit_begin, done; unit < unit_end; unit += done) {
+            done = p.b.dtype == DType::kFloat16 ? few_rows_units<S, DType::kFloat16>(p, unit, unit_end)
+                                                : few_rows_units<S, DType::kBFloat16>(p, unit, unit_end);
+            if (done == 0) dense_unit<S>(p, unit, 0, p.m), done = 1;
+        }
+        return;
+    }
     for (int64_t row = 0; row < p.m; row += kDenseRows) {
         const int64_t rows = p.m - row < kDenseRows ? p.m - row : kDenseRows;
         for (int64_t unit = unit_begin; unit < unit_end; ++unit) dense_unit<S>(p, unit, row, rows);

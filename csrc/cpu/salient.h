@@ -29,19 +29,24 @@ __attribute__((always_inline)) inline void add_salient_dots(const MainLoop& p, i
     const float* s = p.s + m * p.lds;
     const int64_t first = panel * kPanelRows,
                   rows = a.weight.n - first < kPanelRows ? a.weight.n - first : kPanelRows;
-    for (int64_t l = 0; l < rows; ++l) {
-        const int64_t base = (first + l) * a.r;
-        auto acc = S::zero_f();
-        int64_t j = 0;
-        for (; j + S::kLanes <= a.r; j += S::kLanes)
-            acc = S::mul_add(S::load_f(s + j),
-                             S::load_any(element(a.salient_weight, base + j), a.salient_weight.dtype), acc);
-        float lanes[S::kLanes], sum = 0.0f;
-        S::store_f(lanes, acc);
-        for (int i = 0; i < S::kLanes; ++i) sum += lanes[i];
-        for (; j < a.r; ++j)
-            sum += s[j] * scalar_any(a.salient_weight.data, a.salient_weight.dtype, base + j);
-        row[l] += sum;
+    const int64_t whole = a.r / S::kLanes * S::kLanes;
+    for (int64_t l0 = 0; l0 < rows; l0 += S::kLanes) {
+        typename S::F dots[S::kLanes];
+        for (int l = 0; l < S::kLanes; ++l) dots[l] = S::zero_f();
+        for (int l = 0; l < S::kLanes && l0 + l < rows; ++l)
+            for (int64_t j = 0; j < whole; j += S::kLanes)
+                dots[l] = S::mul_add(S::load_f(s + j),
+                                     S::load_any(element(a.salient_weight, (first + l0 + l) * a.r + j),
+                                                 a.salient_weight.dtype),
+                                     dots[l]);
+        alignas(64) float sums[S::kLanes];
+        S::store_f(sums, S::sum_each(dots));
+        for (int64_t l = 0; l < S::kLanes && l0 + l < rows; ++l) {
+            for (int64_t j = whole; j < a.r; ++j)
+                sums[l] += s[j] * scalar_any(a.salient_weight.data, a.salient_weight.dtype,
+                                             (first + l0 + l) * a.r + j);
+            row[l0 + l] += sums[l];
+        }
     }
 }
 

@@ -15,7 +15,7 @@ namespace {
 struct SimdAvx2 {
     static constexpr int kLanes = 8;
     static constexpr bool kByteDot = true;
-    static constexpr int kStreamRows = 1;    // tokens per pass over a panel: more would spill the pair sums
+    static constexpr int kStreamSums = 4;    // tokens x digits per pass: each has a pair sum and an int32 sum
     static constexpr bool kPairSums = true;  // dot sums pairs in 16 bits, widen_pairs makes them int32
     static constexpr int kTileRows = 6;  // 6 x 2 sums + 2 panel vectors + 1 broadcast = 15 of 16 registers
     using I = __m256i;
@@ -81,6 +81,12 @@ struct SimdAvx2 {
     ROSAQ_INLINE F add_f(F a, F b) { return _mm256_add_ps(a, b); }
     ROSAQ_INLINE F mul_f(F a, F b) { return _mm256_mul_ps(a, b); }
     ROSAQ_INLINE F mul_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    // Lane i: the sum of v[i].
+    ROSAQ_INLINE F sum_each(const F (&v)[kLanes]) {
+        const F a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+        const F b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+        return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    }
     ROSAQ_INLINE F from_int(I a) { return _mm256_cvtepi32_ps(a); }
     ROSAQ_INLINE I to_int(F a) { return _mm256_cvtps_epi32(a); }
     ROSAQ_INLINE I bits_of(F a) { return _mm256_castps_si256(a); }

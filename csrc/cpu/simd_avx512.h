@@ -46,8 +46,7 @@ struct SimdAvx512 {
     ROSAQ_INLINE I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
     ROSAQ_INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
 #ifdef __AVX512VNNI__
-    static constexpr int kStreamRows =
-        4;  // tokens per pass over a panel: 4 x 4 digits fill half of the registers
+    static constexpr int kStreamSums = 24;  // tokens x digits per pass over a panel: of 32 registers
     static constexpr bool kPairSums = false;
     // acc + sum of 4 (unsigned byte of codes) * (signed byte at quad), per lane.
     ROSAQ_INLINE I dot(I acc, I codes, const int8_t* quad) {
@@ -56,7 +55,7 @@ struct SimdAvx512 {
         return _mm512_dpbusd_epi32(acc, codes, set_i(four));
     }
 #else
-    static constexpr int kStreamRows = 1;  // tokens per pass over a panel: more would spill the pair sums
+    static constexpr int kStreamSums = 4;  // tokens x digits per pass: each has a pair sum and an int32 sum
     static constexpr bool kPairSums = true;
     // Two sums of 2 (unsigned byte of codes) * (signed byte at quad) per lane, 16 bits each, added to pairs.
     ROSAQ_INLINE I dot(I pairs, I codes, const int8_t* quad) {
@@ -79,6 +78,24 @@ struct SimdAvx512 {
     ROSAQ_INLINE F add_f(F a, F b) { return _mm512_add_ps(a, b); }
     ROSAQ_INLINE F mul_f(F a, F b) { return _mm512_mul_ps(a, b); }
     ROSAQ_INLINE F mul_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    // Lane i: the sum of v[i].
+    ROSAQ_INLINE F sum_each(const F (&v)[kLanes]) {
+        F quads[4];  // four sums of every 128-bit part
+        for (int i = 0; i < 4; ++i) {
+            const F *a = v + 4 * i, *b = a + 2;
+            const F ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+            const F cd = _mm512_add_ps(_mm512_unpacklo_ps(b[0], b[1]), _mm512_unpackhi_ps(b[0], b[1]));
+            const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+            quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+                                     _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+        }
+        F halves[2];
+        for (int i = 0; i < 2; ++i)
+            halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x44),
+                                      _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xee));
+        return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                             _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+    }
     ROSAQ_INLINE F from_int(I a) { return _mm512_cvtepi32_ps(a); }
     ROSAQ_INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }
     ROSAQ_INLINE I bits_of(F a) { return _mm512_castps_si512(a); }

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../cpu/gemm.h"
+#include "../cpu/isa.h"
 #include "fused_args.h"
 
 namespace rosaq::bind {
@@ -50,6 +51,7 @@ Tensor fused_gemm(const Tensor& x, const Tensor& packed, std::optional<Tensor> s
 
     Tensor y = call.empty_y();
     args.y = y.mutable_data_ptr();
+    args.int8_activations = cpu::active_precision() == cpu::Precision::kInt8;
     const int64_t bytes = cpu::workspace_bytes(args);
     const cpu::Parallel parallel{run_on_torch_threads};
     alignas(64) char small[kSmallScratchBytes];

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "../cpu/pack.h"
+#include "../cpu/pages.h"
 #include "pack_args.h"
 
 namespace rosaq::bind {
@@ -63,6 +64,7 @@ Tensor prepack(const Tensor& qweight, const Tensor& scales, std::optional<Tensor
     const std::optional<Tensor> z = dense(zeros);
     Tensor packed = empty_cpu({w.layout.total_bytes}, ScalarType::Byte);
     auto* data = static_cast<uint8_t*>(packed.mutable_data_ptr());
+    cpu::ask_huge_pages(data, w.layout.total_bytes);
     const PackedHeader header = cpu::make_header(w);
     std::memcpy(data, &header, sizeof header);
     const cpu::DiskWeight disk{static_cast<const uint32_t*>(q.const_data_ptr()),

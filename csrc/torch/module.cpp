@@ -112,6 +112,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("build_info", &build_info);
     m.def("available_isas", &rosaq::cpu::available_isas);
     m.def("active_isa", [] { return std::string(rosaq::cpu::active_kernels().name); });
+    m.def("cpu_precision", &rosaq::cpu::precision_name);
+    m.def("set_cpu_precision", &rosaq::cpu::set_precision, py::arg("name"));
     m.def("set_isa", &rosaq::cpu::set_isa, py::arg("name"));
     m.def("packed_bytes", &packed_bytes, py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("group_size"),
           py::arg("symmetric"), py::arg("cuda") = false, py::arg("bf16_scales") = false);
