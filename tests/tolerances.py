@@ -71,6 +71,6 @@ def assert_int8_close(got: Tensor, want: Tensor) -> None:
 
     Over all of y, since a column of one token scatters; one wrong column of 40 would be 0.16.
     """
-    limit = 1.2e-2
+    limit = 2.0**-6
     error = float((got.double() - want).norm() / want.norm())
     assert error <= limit, f"error {error:.2e}, limit {limit:.2e}"
