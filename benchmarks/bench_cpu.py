@@ -1,14 +1,16 @@
-"""rosaq.fused_gemm against torch's linear on the CPU, one [n, k] weight, a row per m. Writes JSON.
+"""rosaq.fused_gemm against torch's linear and torch's INT4 linear on the CPU, a row per shape and m. Writes JSON.
 
-    python benchmarks/bench_cpu.py --m 1 8 64 --threads 2 --out results.json
+    python benchmarks/bench_cpu.py --shape 4096x4096 --m 1 8 64 --threads 2 --out results.json
 
-A row: median milliseconds of torch linear in x's dtype and in float32 and bfloat16, of fused_gemm for 4 and 3 bits,
-their ratios, and per bit width the share of the measured read bandwidth that reading the packed weight once would be.
+A row: median milliseconds of torch's linear (bfloat16 and x's dtype), of aten::_weight_int4pack_mm_for_cpu, of fused_gemm
+for 4 and 3 bits in both precisions; the speedups; and the share of the measured read bandwidth that reading the packed
+weight once would be. Candidates take turns in one process and every call reads another copy of its weight.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,24 +21,61 @@ from timing import machine, medians, read_bandwidth, rotate_copies
 from torch import Tensor
 from torch.nn import functional
 
+import rosaq
 from rosaq import _C, ops
 
 CACHE_BYTES = 96 << 20  # weights in rotation: three times the 32 MB of a common last-level cache
 
 
-def packed_weight(n: int, k: int, bits: int, group_size: int) -> Tensor:
-    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
-    groups = k // group_size
-    zeros = torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8)
-    return ops.prepack(ops.pack(codes, bits), (torch.rand(n, groups) / k**0.5).half(), zeros, bits)
+Call = Callable[[], Tensor]
 
 
-def quantised_call(x: Tensor, n: int, k: int, bits: int, group_size: int) -> tuple[Callable[[], Tensor], int]:
-    """A call of fused_gemm that takes another copy of the weight every time, and the bytes of one copy."""
-    packed = packed_weight(n, k, bits, group_size)
-    copies = rotate_copies(packed.clone, packed.numel(), CACHE_BYTES)
-    sizes = {"out_features": n, "bits": bits, "group_size": group_size, "symmetric": False}
-    return lambda: ops.fused_gemm(x, next(copies), **sizes), packed.numel()
+def quantised_call(x: Tensor, n: int, k: int, bits: int, group_size: int, **extras: Tensor) -> tuple[Call, int]:
+    """A call of fused_gemm that takes another copy of the weight every time, and the bytes of one copy.
+
+    Every copy is packed anew, so that it lies in memory as a loaded model's does.
+    """
+    qweight = ops.pack(torch.randint(0, 2**bits, (n, k), dtype=torch.uint8), bits)
+    scales = (torch.rand(n, k // group_size) / k**0.5).half()
+    size = ops.prepack(qweight, scales, None, bits).numel()
+    copies = rotate_copies(lambda: ops.prepack(qweight, scales, None, bits), size, CACHE_BYTES)
+    sizes = {"out_features": n, "bits": bits, "group_size": group_size, "symmetric": True}
+    return lambda: ops.fused_gemm(x, next(copies), **extras, **sizes), size
+
+
+def in_int8(call: Call) -> Call:
+    """The same call with 8-bit activations."""
+
+    def run() -> Tensor:
+        rosaq.set_cpu_precision("int8")
+        try:
+            return call()
+        finally:
+            rosaq.set_cpu_precision("exact")
+
+    return run
+
+
+def extra_calls(x: Tensor, n: int, k: int, group_size: int) -> dict[str, Call]:
+    """INT4 with what may go with it: 32 salient directions by index and by basis, a shared rotation of 128."""
+    salient, basis = torch.randn(n, 32).half(), torch.randn(k, 32).half()
+    variants: dict[str, dict[str, Tensor]] = {
+        "int4_index32": {"salient_weight": salient, "salient_index": torch.arange(32, dtype=torch.int32)},
+        "int4_basis32": {"salient_weight": salient, "salient_basis": basis},
+    }
+    if k % 128 == 0:
+        variants["int4_rotation128"] = {"rotation": torch.linalg.qr(torch.randn(1, 128, 128))[0].half()}
+    return {name: quantised_call(x, n, k, 4, group_size, **extras)[0] for name, extras in variants.items()}
+
+
+def aten_call(x: Tensor, n: int, k: int, group_size: int) -> Call:
+    """torch's own INT4 linear, in bfloat16 (its only fast dtype)."""
+    codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scales_and_zeros = torch.rand(k // group_size, n, 2).bfloat16()
+    copies = rotate_copies(packed.clone, packed.nbytes, CACHE_BYTES)
+    x = x.bfloat16()
+    return lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(x, next(copies), group_size, scales_and_zeros)
 
 
 def dense_call(x: Tensor, n: int, k: int, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -45,32 +84,32 @@ def dense_call(x: Tensor, n: int, k: int, dtype: torch.dtype) -> Callable[[], Te
     return lambda: functional.linear(x, next(copies))
 
 
-def measure(m: int, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+def measure(m: int, n: int, k: int, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     """One row of the result."""
-    n, k, dtype = args.n, args.k, getattr(torch, args.dtype)
-    x = torch.randn(m, k).to(dtype)
-    names = {args.dtype, "float32", "bfloat16"}
-    calls = {f"torch_{name}": dense_call(x, n, k, getattr(torch, name)) for name in sorted(names)}
-    sizes = {}
+    x = torch.randn(m, k).to(getattr(torch, args.dtype))
+    names = sorted({args.dtype, "bfloat16"})
+    calls = {f"torch_{name}": dense_call(x, n, k, getattr(torch, name)) for name in names}
+    calls["aten_int4"] = aten_call(x, n, k, args.group_size)
+    rivals, sizes = list(calls), {}
     for bits in (4, 3):
         calls[f"int{bits}"], sizes[f"int{bits}"] = quantised_call(x, n, k, bits, args.group_size)
+        calls[f"int{bits}_int8"] = in_int8(calls[f"int{bits}"])
+    ours = [name for name in calls if name not in rivals]
+    calls |= extra_calls(x, n, k, args.group_size) if args.extras else {}
     seconds = medians(calls, args.rounds, args.min_seconds)
-    row: dict[str, Any] = {"m": m, "ms": {name: round(s * 1e3, 4) for name, s in seconds.items()}}
-    for name, size in sizes.items():
-        row[f"{name}_speedup"] = {
-            dense: round(seconds[dense] / seconds[name], 3) for dense in calls if dense not in sizes
-        }
-        row[f"{name}_bandwidth_share"] = round(size / seconds[name] / bandwidth, 3)
+    row: dict[str, Any] = {"n": n, "k": k, "m": m, "ms": {name: round(s * 1e3, 4) for name, s in seconds.items()}}
+    row["speedup"] = {name: {rival: round(seconds[rival] / seconds[name], 2) for rival in rivals} for name in ours}
+    row["bandwidth_share"] = {name: round(size / seconds[name] / bandwidth, 2) for name, size in sizes.items()}
     return row
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--m", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 512])
-    parser.add_argument("--n", type=int, default=4096)
-    parser.add_argument("--k", type=int, default=4096)
+    parser.add_argument("--m", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 256])
+    parser.add_argument("--shape", nargs="+", default=["4096x4096"], help="n x k, as 14336x4096")
+    parser.add_argument("--extras", action="store_true", help="rows with salient directions and a rotation too")
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of x")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"], help="of x")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--isa", default=None, choices=_C.available_isas())
     parser.add_argument("--rounds", type=int, default=7)
@@ -86,11 +125,12 @@ def main() -> None:
     if args.isa is not None:
         _C.set_isa(args.isa)
     bandwidth = read_bandwidth()
-    shape = {"n": args.n, "k": args.k, "group_size": args.group_size, "x_dtype": args.dtype}
-    result = {"machine": machine(), "shape": shape, "read_gb_per_s": round(bandwidth / 1e9, 1), "rows": []}
+    setting = {"group_size": args.group_size, "x_dtype": args.dtype}
+    result = {"machine": machine(), "setting": setting, "read_gb_per_s": round(bandwidth / 1e9, 1), "rows": []}
     print(json.dumps({name: value for name, value in result.items() if name != "rows"}))
-    for m in args.m:
-        row = measure(m, args, bandwidth)
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shape]
+    for (n, k), m in itertools.product(shapes, args.m):
+        row = measure(m, n, k, args, bandwidth)
         print(json.dumps(row), flush=True)
         result["rows"].append(row)
     if args.out is not None:
