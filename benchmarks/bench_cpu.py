@@ -2,9 +2,10 @@
 
     python benchmarks/bench_cpu.py --shape 4096x4096 --m 1 8 64 --threads 2 --out results.json
 
-A row: median milliseconds of torch's linear (bfloat16 and x's dtype), of aten::_weight_int4pack_mm_for_cpu, of fused_gemm
-for 4 and 3 bits in both precisions; the speedups; and the share of the measured read bandwidth that reading the packed
-weight once would be. Candidates take turns in one process and every call reads another copy of its weight.
+A row: median milliseconds of torch's linear (bfloat16 and x's dtype), of aten::_weight_int4pack_mm_for_cpu, and of
+fused_gemm for 4 and 3 bits in both precisions; the speedups; and the share of the measured read bandwidth that reading
+the packed weight once would be. That bandwidth is torch's sum over huge pages, no upper bound: shares can exceed
+1. Candidates take turns in one process and every call reads another copy of its weight.
 """
 
 from __future__ import annotations
