@@ -2,5 +2,5 @@
 #include "simd_avx512.h"
 
 namespace rosaq::cpu {
-const KernelTable kAvx512Kernels = kernel_table<SimdAvx512>("avx512", {1 << 30, 6, 6, 3});
+const KernelTable kAvx512Kernels = kernel_table<SimdAvx512>("avx512", {1 << 30, 12, 6, 3});
 }
