@@ -40,9 +40,10 @@ std::string text_of(const cuda::Problem& problem, const FusedGemmArgs& a, const 
 }
 
 // Up to kMaxFusedTokens tokens: one launch for every 64.
-void run_fused(FusedGemmCall& call, const CudaWeight& weight, Tensor& y, int device, cudaStream_t stream) {
+void run_fused(FusedGemmCall& call, const CudaWeight& weight, Tensor& y, const DeviceFacts& facts,
+               cudaStream_t stream) {
     const FusedGemmArgs& a = call.args;
-    const DeviceFacts& facts = device_facts(kOp, device);
+    const int device = y.get_device_index();
     const int tokens = cuda::tokens_for(a.m);
     const cuda::Instance* instance =
         cuda::find_instance(a.x.dtype, a.weight.bits, a.weight.symmetric, tokens);
@@ -73,7 +74,8 @@ void run_fused(FusedGemmCall& call, const CudaWeight& weight, Tensor& y, int dev
         p.m = static_cast<int>(std::min<int64_t>(a.m - first, cuda::kMaxTokens));
         p.x = static_cast<const uint16_t*>(a.x.data) + first * a.weight.k;
         p.y = static_cast<uint16_t*>(y.mutable_data_ptr()) + first * a.weight.n;
-        check_cuda(kOp, cuda::fused_gemm(*instance, p, stream), text_of(problem, a, schedule));
+        const cudaError_t error = cuda::fused_gemm(*instance, p, stream);
+        if (error != cudaSuccess) check_cuda(kOp, error, text_of(problem, a, schedule));
     }
 }
 
@@ -94,9 +96,9 @@ Tensor fused_gemm(const Tensor& x, const Tensor& packed, std::optional<Tensor> s
     Tensor y = call.empty_y();
     if (call.args.m == 0) return y;
     const cudaStream_t stream = current_stream(kOp, device);
-    device_facts(kOp, device);
+    const DeviceFacts& facts = device_facts(kOp, device);
     if (call.args.m <= cuda::kMaxFusedTokens)
-        run_fused(call, weight, y, device, stream);
+        run_fused(call, weight, y, facts, stream);
     else
         y = many_tokens(call, weight, stream);
     return y;

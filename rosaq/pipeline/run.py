@@ -200,7 +200,11 @@ class _Run:
         if outputs:
             streams.moments[:] = outputs
         elif self._recipe.moments == "dense":
-            weights = online(self._rotated(index), self._dense.blocks.family, self.rotations.of_block(index))
+            weights = online(
+                self._rotated(index, self._dense.block(index)),
+                self._dense.blocks.family,
+                self.rotations.of_block(index),
+            )
             self._through(index, streams.moments, weights)
         else:
             self._through(index, streams.moments, quantised)
@@ -216,7 +220,8 @@ class _Run:
     def _quantize_block(self, index: int, streams: Streams) -> list[Tensor]:
         """Save the block; the outputs of the dense one, where they were computed on the way."""
         model, rotations = self._dense.blocks, self.rotations.of_block(index)
-        weights, dtype = self._rotated(index), self._dense.dtype
+        dense, dtype = self._dense.block(index), self._dense.dtype
+        weights = self._rotated(index, dense)
         task = BlockTask(model, index, weights, self._recipe, rotations, self._spec.seed, dtype)
         result = quantize_block(task, streams)
         stored = result.stored
@@ -224,7 +229,7 @@ class _Run:
             if name not in stored and name.rpartition(".")[0] not in model.family.linears:
                 stored[name] = self._dense.to_storage(tensor, model.family.block_prefix(index) + name)
         if self._probe is not None:
-            probe = self._probe.step(model, index, self._dense.block(index), weights, rotations)
+            probe = self._probe.step(model, index, dense, weights, rotations)
             stored |= {"probe.dense": probe.dense, "probe.rotated": probe.rotated}
         self._work.save(
             block_name(index),
@@ -233,9 +238,9 @@ class _Run:
         )
         return result.outputs
 
-    def _rotated(self, index: int) -> Tensors:
-        """The weights of block `index`, norms folded and rotations applied (as they are where the recipe has none)."""
-        model, dense = self._dense.blocks, self._dense.block(index)
+    def _rotated(self, index: int, dense: Tensors) -> Tensors:
+        """The weights `dense` of block `index` with norms folded and rotations applied, if the recipe has any."""
+        model = self._dense.blocks
         if self._recipe.rotation.is_identity:
             return dense
         return rotate_block(fold_norms(dense, model.family), self.rotations.of_block(index), model.family, model.sizes)
