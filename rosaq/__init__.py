@@ -15,22 +15,22 @@ from rosaq.ops import set_cpu_precision as set_cpu_precision
 
 if TYPE_CHECKING:
     from rosaq.checkpoint import read_config as read_config
-    from rosaq.config import CalibrationSpec as CalibrationSpec
     from rosaq.config import LinearFormat as LinearFormat
-    from rosaq.config import QuantSpec as QuantSpec
     from rosaq.conversion import convert as convert
     from rosaq.evaluation import evaluate as evaluate
     from rosaq.integrations.transformers import RosaqConfig as RosaqConfig
     from rosaq.linear import RosaqLinear as RosaqLinear
     from rosaq.pipeline import quantize as quantize
+    from rosaq.specs import CalibrationSpec as CalibrationSpec
+    from rosaq.specs import QuantSpec as QuantSpec
     from rosaq.verification import verify as verify
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "CalibrationSpec": "rosaq.config",
+    "CalibrationSpec": "rosaq.specs",
     "LinearFormat": "rosaq.config",
-    "QuantSpec": "rosaq.config",
+    "QuantSpec": "rosaq.specs",
     "RosaqConfig": "rosaq.integrations.transformers",
     "RosaqLinear": "rosaq.linear",
     "convert": "rosaq.conversion",

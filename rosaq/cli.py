@@ -20,7 +20,6 @@ from rich.console import Console
 
 import rosaq
 from rosaq.checkpoint import bits_per_weight, read_config, total_bytes
-from rosaq.config import STRATEGIES, CalibrationSpec
 from rosaq.demo import run_demo
 from rosaq.doctor import diagnose, lines
 from rosaq.evaluation import continue_text, evaluate
@@ -36,6 +35,7 @@ from rosaq.report.tables import (
     quantize_table,
     verify_table,
 )
+from rosaq.specs import STRATEGIES, CalibrationSpec
 from rosaq.text import builtin_text, read_text, select_documents
 
 app = typer.Typer(

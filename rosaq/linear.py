@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from rosaq import ops
-from rosaq.config import LinearFormat, QuantSpec
+from rosaq.config import LinearFormat
 from rosaq.layout import dequantize
 from rosaq.sharding import Piece
+from rosaq.specs import QuantSpec
 
 PACKED_NAMES = ("qweight", "scales", "zeros")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from rosaq.config import ImportanceSpec, QuantSpec, Recipe, RotationSpec, SalientSpec, TuneSpec
+from rosaq.specs import ImportanceSpec, QuantSpec, Recipe, RotationSpec, SalientSpec, TuneSpec
 
 _RTN = QuantSpec(method="rtn", clip=False)
 _GPTQ = QuantSpec(method="gptq", clip=True)
@@ -36,21 +37,21 @@ DEFAULT_RECIPE = "rosaq-gptq"
 
 
 def make_recipe(
-    name: str = DEFAULT_RECIPE,
+    base: str | Recipe = DEFAULT_RECIPE,
     *,
-    bits: int = 3,
-    group_size: int = 64,
+    bits: int | None = None,
+    group_size: int | None = None,
     symmetric: bool | None = None,
     salient: int | None = None,
     importance: str | None = None,
 ) -> Recipe:
-    """The recipe `name` at a width; None keeps the recipe's own choice. ValueError for an unknown name or number."""
-    if name not in RECIPES:
-        raise ValueError(f"recipe: got {name!r}, need one of {', '.join(RECIPES)}")
-    recipe = RECIPES[name]
-    quant = replace(recipe.quant, bits=bits, group_size=group_size)
-    if symmetric is not None:
-        quant = replace(quant, symmetric=symmetric)
+    """The recipe `base` (a name or a recipe of your own) with some of its choices changed; None keeps one (3 bits in
+    groups of 64 for the recipes by name). ValueError for an unknown name or number."""
+    if isinstance(base, str) and base not in RECIPES:
+        raise ValueError(f"recipe: got {base!r}, need one of {', '.join(RECIPES)}")
+    recipe = RECIPES[base] if isinstance(base, str) else base
+    wanted: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    quant = replace(recipe.quant, **{name: value for name, value in wanted.items() if value is not None})
     chosen = recipe.salient
     if salient is not None:
         if salient < 0:

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from rosaq.checkpoint import write_shards
-from rosaq.config import CalibrationSpec, CheckpointConfig, LinearFormat
+from rosaq.config import CheckpointConfig, LinearFormat
 from rosaq.layout import pack
+from rosaq.specs import CalibrationSpec
 
 VOCAB_SIZE = 264
 

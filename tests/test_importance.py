@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rosaq.calibrate import BlockModel, importance_from_scores, importance_summary, token_importance
-from rosaq.config import STRATEGIES, ImportanceSpec
+from rosaq.specs import STRATEGIES, ImportanceSpec
 from tests.models import save_dense, tiny_llama, tiny_mistral
 from tests.tolerances import assert_same_function, assert_tight
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from rosaq.config import LinearFormat, QuantSpec
+from rosaq.config import LinearFormat
 from rosaq.layout import pack
 from rosaq.linear import PACKED_NAMES, RosaqLinear
 from rosaq.ops import check_device
+from rosaq.specs import QuantSpec
 from tests.tolerances import assert_as_good_as
 
 FORMATS = {

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 import rosaq
 from rosaq.calibrate import BlockModel
 from rosaq.checkpoint import read_config
-from rosaq.config import CalibrationSpec, TuneSpec
 from rosaq.linear import RosaqLinear
 from rosaq.pipeline import quantize
 from rosaq.pipeline.probe import TOLERANCE
 from rosaq.recipes import RECIPES
+from rosaq.specs import CalibrationSpec, TuneSpec
 from tests.models import SMALL, TEXT, save_dense, tiny_llama, tiny_mistral
 from tests.tolerances import assert_same_function
 

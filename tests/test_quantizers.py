@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from rosaq.config import QuantSpec
 from rosaq.layout import dequantize, unpack
 from rosaq.quantizers import (
     NotPositiveDefiniteError,
@@ -18,6 +17,7 @@ from rosaq.quantizers import (
 from rosaq.quantizers.grid import Grid, from_codes, to_codes
 from rosaq.quantizers.refine import refine, refit_scales, sweep_codes
 from rosaq.quantizers.salient import salient_mask
+from rosaq.specs import QuantSpec
 from tests.tolerances import assert_close_in
 
 K, N = 128, 24

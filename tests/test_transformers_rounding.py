@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rosaq.checkpoint import read_config
-from rosaq.config import QuantSpec
 from rosaq.integrations.transformers import RosaqConfig
 from rosaq.linear import RosaqLinear
+from rosaq.specs import QuantSpec
 from tests.models import save_dense, tiny_llama
 
 INPUT_IDS = torch.arange(24).view(2, 12)

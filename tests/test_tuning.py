@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from rosaq.calibrate import BlockModel
-from rosaq.config import LinearFormat, QuantSpec, TuneSpec
+from rosaq.config import LinearFormat
 from rosaq.layout import unpack
 from rosaq.pipeline.block import effective_weight
 from rosaq.quantizers import quantize_weight
 from rosaq.recipes import RECIPES
+from rosaq.specs import QuantSpec, TuneSpec
 from rosaq.tuning import TunedBlock, TunedLinear, TuningTokens, tune_block
 from rosaq.tuning.block import _batches, block_loss
 from tests.models import random_linear, save_dense, tiny_llama

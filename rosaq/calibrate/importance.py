@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rosaq.calibrate.blocks import BlockModel
-from rosaq.config import ImportanceSpec
+from rosaq.specs import ImportanceSpec
 
 
 def importance_from_scores(scores: Tensor, spec: ImportanceSpec) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 
-from rosaq.config import CheckpointConfig, QuantSpec
+from rosaq.config import CheckpointConfig
 from rosaq.linear import RosaqLinear
+from rosaq.specs import QuantSpec
 
 
 class RoundToNearest(ConversionOps):

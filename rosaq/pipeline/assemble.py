@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from rosaq.checkpoint import write_hashes, write_shards
-from rosaq.config import CheckpointConfig, LinearFormat, Recipe
+from rosaq.config import CheckpointConfig, LinearFormat
 from rosaq.pipeline.block import LinearReport, formats
 from rosaq.pipeline.rotations import Rotations
 from rosaq.pipeline.source import DenseModel
 from rosaq.pipeline.workspace import Workspace, block_name
 from rosaq.rotation import rotate_rows
 from rosaq.sharding import Cut, allowed_sizes
+from rosaq.specs import Recipe
 
 LAYERS_FILE = "rosaq_layers.json"
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from rosaq.calibrate import BlockModel, Gram, Tokens, importance_summary, token_importance
-from rosaq.config import LinearFormat, Recipe
+from rosaq.config import LinearFormat
 from rosaq.layout import dequantize
 from rosaq.models import Family, Site
 from rosaq.quantizers import NotPositiveDefiniteError, energy_index, quantize_weight, quantize_with_basis
 from rosaq.rotation import BlockRotations, rotate_blocks
+from rosaq.specs import Recipe
 from rosaq.tuning import TunedBlock, TunedLinear, TuningTokens, tune_block
 
 Tensors = dict[str, Tensor]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from rosaq.calibrate import Gram, Tokens, token_importance
-from rosaq.config import Recipe
 from rosaq.pipeline.source import DenseModel
 from rosaq.rotation import (
     BlockRotations,
@@ -20,6 +19,7 @@ from rosaq.rotation import (
     random_orthogonal,
     shared_hadamard_block,
 )
+from rosaq.specs import Recipe
 
 
 @dataclass(frozen=True)

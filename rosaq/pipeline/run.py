@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import resource
 import sys
 import time
@@ -15,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import BlockModel
 from rosaq.checkpoint import bits_per_weight, total_bytes
-from rosaq.config import CalibrationSpec, LinearFormat, Recipe
+from rosaq.config import LinearFormat
 from rosaq.pipeline.assemble import Report, write_checkpoint
 from rosaq.pipeline.block import (
     BlockTask,
@@ -29,12 +26,13 @@ from rosaq.pipeline.block import (
     quantize_block,
 )
 from rosaq.pipeline.probe import MAX_TOKENS, Probe, check_equal
+from rosaq.pipeline.request import calibration_windows, check_formats, request_of
 from rosaq.pipeline.rotations import Rotations, choose_rotations
 from rosaq.pipeline.source import DenseModel, local_directory
 from rosaq.pipeline.workspace import Workspace, block_name, check_output
 from rosaq.recipes import DEFAULT_RECIPE, make_recipe, with_counted_salient
 from rosaq.rotation import fold_norms, rotate_block, rotate_rows
-from rosaq.text import builtin_text, token_windows
+from rosaq.specs import CalibrationSpec, Recipe
 
 Tensors = dict[str, Tensor]
 _AXES_TOKENS = 16384  # that principal axes are measured on, in every block: more do not move the few that are kept
@@ -73,9 +71,9 @@ def quantize(
     model: str | Path,
     output: str | Path,
     *,
-    recipe: str = DEFAULT_RECIPE,
-    bits: int = 3,
-    group_size: int = 64,
+    recipe: str | Recipe = DEFAULT_RECIPE,
+    bits: int | None = None,
+    group_size: int | None = None,
     symmetric: bool | None = None,
     salient: int | None = None,
     importance: str | None = None,
@@ -87,7 +85,8 @@ def quantize(
 ) -> QuantizeResult:
     """Quantise the model in directory (or of hub name) `model` into the new directory `output`.
 
-    symmetric, salient, importance: None keeps the recipe's choice. calibration: documents (None: prose that Python
+    recipe: a name of `rosaq.recipes.RECIPES`, or a `Recipe` of your own. bits, group_size, symmetric, salient,
+    importance: None keeps the recipe's choice (3 bits in groups of 64). calibration: documents (None: prose that Python
     carries).
     Memory holds one block, the token stream and one shard. `output` appears complete or not at all; an interrupted
     run continues with `resume` and ends bit-identical.
@@ -103,9 +102,9 @@ def quantize(
     check_output(output, force=force)
     dense = DenseModel(local_directory(model))
     chosen = with_counted_salient(chosen, dense.blocks.sizes.hidden)
-    _check_formats(dense.blocks, chosen)
-    input_ids = _windows(dense, calibration, spec)
-    work = Workspace(output, _request(dense, chosen, spec, input_ids), force=force, resume=resume)
+    check_formats(dense.blocks, chosen)
+    input_ids = calibration_windows(dense, calibration, spec)
+    work = Workspace(output, request_of(dense, chosen, spec, input_ids), force=force, resume=resume)
 
     def report(stage: str, block: int, error_db: float | None = None) -> None:
         if progress is not None:
@@ -279,48 +278,6 @@ def _runnable(tensors: Tensors, fmts: dict[str, LinearFormat]) -> Tensors:
             result[f"{linear}.bias"] = own["bias"].float()
     others = {n: t.float() for n, t in tensors.items() if n.rpartition(".")[0] not in fmts}
     return result | others
-
-
-def _check_formats(model: BlockModel, recipe: Recipe) -> None:
-    """Refuse sizes that the recipe cannot take before any work, naming the linear."""
-    for name, (k, n) in model.linear_sizes().items():
-        site = next(s for s in model.family.sites if name in s.linears)
-        quant, count = recipe.quant, recipe.salient.count_at(site.reads)
-        LinearFormat(quant.bits, quant.group_size, quant.symmetric, count).check_sizes(k, n, name)
-
-
-def _windows(dense: DenseModel, calibration: list[str] | None, spec: CalibrationSpec) -> Tensor:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(dense.directory)
-    documents = builtin_text("calibration") if calibration is None else calibration
-    ids = token_windows(tokenizer, documents, spec.num_sequences, spec.sequence_length, spec.seed)
-    if spec.sequence_length > 1 and not (ids != ids[:, :1]).any():
-        raise ValueError(f"calibration: got {len(ids)} sequences of one repeated token each, need text")
-    # RSQ's expansion: what an attention sink or an early position hides in one copy is in plain sight in another
-    return torch.cat([ids.roll(k * spec.sequence_length // spec.expansion, 1) for k in range(spec.expansion)])
-
-
-def _request(dense: DenseModel, recipe: Recipe, spec: CalibrationSpec, input_ids: Tensor) -> dict[str, Any]:
-    """Everything that decides the result, for resuming."""
-    config = json.loads((dense.directory / "config.json").read_text(encoding="utf-8"))
-    return {
-        "recipe": asdict(recipe),
-        "calibration": asdict(spec),
-        "tokens": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest(),
-        "model": config,
-        "weights": {path.name: _fingerprint(path) for path in sorted(dense.directory.glob("*.safetensors"))},
-    }
-
-
-def _fingerprint(path: Path) -> str:
-    """Of a weight file: its size, header and both ends; hashing all of 140 GB would take longer than a block."""
-    size, sample = path.stat().st_size, 1 << 20
-    with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(sample))
-        file.seek(max(0, size - sample))
-        digest.update(file.read(sample))
-    return f"{size}:{digest.hexdigest()}"
 
 
 def _mean_db(reports: list[LinearReport], last: int) -> float:

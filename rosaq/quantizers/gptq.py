@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rosaq.config import QuantSpec
 from rosaq.quantizers.grid import Grid, empty_grid, fit_grid, from_codes, to_codes
+from rosaq.specs import QuantSpec
 
 _PANEL = 128  # columns updated in one go; later panels get their corrections as one matrix product
 _MAX_DOUBLINGS = 6  # of the damping

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rosaq.config import QuantSpec
+from rosaq.specs import QuantSpec
 
 _SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros must not divide by zero
 _SHRINK_STEPS = 24

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rosaq.config import LinearFormat, QuantSpec
+from rosaq.config import LinearFormat
 from rosaq.layout import dequantize, pack
 from rosaq.quantizers.gptq import gptq
 from rosaq.quantizers.grid import Grid
 from rosaq.quantizers.refine import refine
 from rosaq.quantizers.rtn import rtn
 from rosaq.quantizers.salient import salient_mask
+from rosaq.specs import QuantSpec
 
 
 def quantize_weight(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rosaq.config import QuantSpec
 from rosaq.quantizers.grid import Grid, fit_grid, to_codes
+from rosaq.specs import QuantSpec
 
 
 def rtn(w: Tensor, spec: QuantSpec, group_size: int) -> tuple[Tensor, Grid]:

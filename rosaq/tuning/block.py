@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rosaq.calibrate import BlockModel
-from rosaq.config import TuneSpec
+from rosaq.specs import TuneSpec
 from rosaq.tuning.linear import TunedLinear
 
 Tensors = dict[str, Tensor]

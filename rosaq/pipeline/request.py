@@ -1,0 +1,60 @@
+"""What a run was asked for: refused where it cannot be met, and written down so that `resume` goes on with the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rosaq.calibrate import BlockModel
+from rosaq.config import LinearFormat
+from rosaq.pipeline.source import DenseModel
+from rosaq.specs import CalibrationSpec, Recipe
+from rosaq.text import builtin_text, token_windows
+
+
+def check_formats(model: BlockModel, recipe: Recipe) -> None:
+    """Refuse sizes that the recipe cannot take before any work, naming the linear."""
+    for name, (k, n) in model.linear_sizes().items():
+        site = next(s for s in model.family.sites if name in s.linears)
+        quant, count = recipe.quant, recipe.salient.count_at(site.reads)
+        LinearFormat(quant.bits, quant.group_size, quant.symmetric, count).check_sizes(k, n, name)
+
+
+def calibration_windows(dense: DenseModel, calibration: list[str] | None, spec: CalibrationSpec) -> Tensor:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(dense.directory)
+    documents = builtin_text("calibration") if calibration is None else calibration
+    ids = token_windows(tokenizer, documents, spec.num_sequences, spec.sequence_length, spec.seed)
+    if spec.sequence_length > 1 and not (ids != ids[:, :1]).any():
+        raise ValueError(f"calibration: got {len(ids)} sequences of one repeated token each, need text")
+    # RSQ's expansion: what an attention sink or an early position hides in one copy is in plain sight in another
+    return torch.cat([ids.roll(k * spec.sequence_length // spec.expansion, 1) for k in range(spec.expansion)])
+
+
+def request_of(dense: DenseModel, recipe: Recipe, spec: CalibrationSpec, input_ids: Tensor) -> dict[str, Any]:
+    """Everything that decides the result, for resuming."""
+    config = json.loads((dense.directory / "config.json").read_text(encoding="utf-8"))
+    return {
+        "recipe": asdict(recipe),
+        "calibration": asdict(spec),
+        "tokens": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest(),
+        "model": config,
+        "weights": {path.name: _fingerprint(path) for path in sorted(dense.directory.glob("*.safetensors"))},
+    }
+
+
+def _fingerprint(path: Path) -> str:
+    """Of a weight file: its size, header and both ends; hashing all of 140 GB would take longer than a block."""
+    size, sample = path.stat().st_size, 1 << 20
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(sample))
+        file.seek(max(0, size - sample))
+        digest.update(file.read(sample))
+    return f"{size}:{digest.hexdigest()}"

@@ -1,0 +1,212 @@
+"""How a checkpoint is made: the choices of a recipe, as plain values. Nothing here computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rosaq.config import LinearFormat
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one weight matrix becomes codes.
+
+    method      "rtn" (round to nearest) or "gptq" (error feedback on the second moments of the inputs).
+    damping     added to the diagonal of the second moments, as a share of the mean of its non-salient part.
+    clip        search a smaller range per group for the least weighted squared error (False: use min and max).
+    refine      rounds of refitting scales and revisiting codes after GPTQ (0: none).
+    """
+
+    bits: int = 3
+    group_size: int = 64
+    symmetric: bool = False
+    method: Literal["rtn", "gptq"] = "gptq"
+    damping: float = 0.01
+    clip: bool = True
+    refine: int = 0
+
+    def __post_init__(self) -> None:
+        LinearFormat(self.bits, self.group_size, self.symmetric)
+        if self.method not in ("rtn", "gptq"):
+            raise ValueError(f"method: got {self.method!r}, need 'rtn' or 'gptq'")
+        if not 0 <= self.damping < 1:
+            raise ValueError(f"damping: got {self.damping}, need 0 <= damping < 1")
+        if self.refine < 0 or (self.refine and self.method != "gptq"):
+            raise ValueError(f"refine: got {self.refine} with method {self.method!r}, need 0, or more with 'gptq'")
+
+
+@dataclass(frozen=True)
+class SalientSpec:
+    """Which directions stay in 16 bits.
+
+    count   directions per site.
+    by      "eigenvalue": principal directions of the calibration inputs (ROSAQ; folded PCA channels where the
+            rotation makes them, an online basis at the MLP's hidden layer);
+            "energy": the input channels with the largest second moment (baseline; no rotation needed).
+    sites   which sites keep them, by what they read ("residual", "values", "hidden").
+    basis   where they are an online basis, made of the site's own principal directions: sites whose input no rotation
+            folds into; the others keep channels. (Only by "eigenvalue".)
+    online  directions at the sites of `basis`, where that is another number than `count`.
+    """
+
+    count: int = 0
+    by: Literal["eigenvalue", "energy"] = "eigenvalue"
+    sites: tuple[str, ...] = ("residual", "values", "hidden")
+    basis: tuple[str, ...] = ("hidden",)
+    online: int | None = None
+
+    def count_at(self, reads: str) -> int:
+        """Directions kept at a site that reads `reads`."""
+        if reads not in self.sites:
+            return 0
+        return self.online if self.online is not None and self.is_basis(reads) else self.count
+
+    def is_basis(self, reads: str) -> bool:
+        """True where the directions are projections made online."""
+        return self.by == "eigenvalue" and reads in self.basis
+
+
+@dataclass(frozen=True)
+class RotationSpec:
+    """Which rotations are applied, and where.
+
+    residual    folded into the weights: "none", "random" (randomised Hadamard or Haar), "pca" (principal axes in
+                order of eigenvalue), "pca-random" (salient principal axes first, random basis of the rest).
+    values      per key-value head, folded into v_proj and o_proj: "none", "random", "pca".
+    mlp_out     online at down_proj's input: "none", "hadamard" (shared block).
+    """
+
+    residual: Literal["none", "random", "pca", "pca-random"] = "none"
+    values: Literal["none", "random", "pca"] = "none"
+    mlp_out: Literal["none", "hadamard"] = "none"
+
+    @property
+    def is_identity(self) -> bool:
+        return self == RotationSpec()
+
+
+STRATEGIES = ("uniform", "attention", "norm", "change", "distance", "rarity", "chunks")
+
+
+@dataclass(frozen=True)
+class ImportanceSpec:
+    """Which tokens count how much in the second moments (RSQ, section 4). Scores are brought to [floor, 1] per sequence
+    and then to a mean of 1.
+
+    strategy    "uniform": all the same;
+                "attention": the attention a token gets in the block (attention concentration);
+                "norm": length of the token's vector that enters the block (activation norm);
+                "change": tokens that the block changes least count most (activation difference);
+                "distance": mean squared distance to the tokens of the sequence (token similarity);
+                "rarity": tokens that are rare in the calibration text count most (token frequency);
+                "chunks": only the parts `chunks` of `num_chunks` equal parts of the sequence; (0,) of 8 is RSQ's
+                first-N, (0, 31) of 32 its first-and-last-N.
+    floor       what the least important token counts, as a share of the most important one.
+    exponent    the importance enters the second moments to this power: 1 as in RSQ's code, 2 as its formula reads.
+    quantile    scores above this quantile of their sequence are cut to it. Below 1 it is the sink-aware variant: one
+                attention sink no longer sets the range for all other tokens.
+    sites       names of the sites whose second moments listen to it; empty for all.
+    """
+
+    strategy: str = "uniform"
+    floor: float = 0.01
+    exponent: int = 1
+    quantile: float = 1.0
+    sites: tuple[str, ...] = ()
+    chunks: tuple[int, ...] = (0,)
+    num_chunks: int = 8
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"importance: got {self.strategy!r}, need one of {', '.join(STRATEGIES)}")
+        if not 0 < self.floor <= 1:
+            raise ValueError(f"floor: got {self.floor}, need 0 < floor <= 1")
+        if self.exponent not in (1, 2):
+            raise ValueError(f"exponent: got {self.exponent}, need 1 or 2")
+        if not 0 < self.quantile <= 1:
+            raise ValueError(f"quantile: got {self.quantile}, need 0 < quantile <= 1")
+        if not self.chunks or not all(0 <= chunk < self.num_chunks for chunk in self.chunks):
+            raise ValueError(
+                f"chunks: got {self.chunks} of {self.num_chunks}, need some, each at least 0 and below that"
+            )
+
+
+@dataclass(frozen=True)
+class TuneSpec:
+    """Block-wise tuning after quantisation: Adam on what the block stores.
+
+    steps         of Adam per block at most; 0 for no tuning.
+    batch_size    sequences per step.
+    passes        over the calibration sequences at most: with few of them there are fewer steps.
+    codes_rate    learning rate of the codes before rounding, in codes a step.
+    scales_rate   of the scales, as a share of themselves; gains_rate: of the norms' gains, likewise.
+    salient_rate  of the salient weights, in units of the linear's mean scale.
+    bf16          matrix products of the steps in bfloat16 (twice as fast on CPUs that have it).
+    """
+
+    steps: int = 0
+    batch_size: int = 2
+    passes: int = 2
+    codes_rate: float = 5e-3
+    scales_rate: float = 1e-3
+    gains_rate: float = 5e-4
+    salient_rate: float = 1e-3
+    bf16: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps: got {self.steps}, need 0 or more")
+        for name in ("batch_size", "passes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, need at least 1")
+        for name in ("codes_rate", "scales_rate", "gains_rate", "salient_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, need 0 or more")
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """How much text the second moments are measured on, and which windows (seed).
+
+    expansion   copies of every sequence, each rolled by another multiple of length / expansion (RSQ's data expansion: a
+                token then stands at several positions).
+    """
+
+    num_sequences: int = 64
+    sequence_length: int = 512
+    batch_size: int = 8
+    seed: int = 0
+    expansion: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("num_sequences", "sequence_length", "batch_size", "expansion"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, need at least 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named way from a dense model to a quantised one.
+
+    moments   whose tokens the second moments are measured on: "quantised", of the model whose earlier blocks and sites
+              are quantised already (as GPTQ does), or "dense", of the original (one forward pass instead of four).
+    """
+
+    name: str
+    quant: QuantSpec
+    rotation: RotationSpec = RotationSpec()
+    salient: SalientSpec = SalientSpec()
+    importance: ImportanceSpec = ImportanceSpec()
+    moments: Literal["quantised", "dense"] = "quantised"
+    tune: TuneSpec = TuneSpec()
+
+    def __post_init__(self) -> None:
+        if self.tune.steps and self.moments != "dense":
+            raise ValueError(f"tune: got {self.tune.steps} steps with moments {self.moments!r}, need 'dense'")
+
+    @property
+    def needs_tokens(self) -> bool:
+        """True when any step looks at activations (plain round to nearest does not)."""
+        looks = self.quant.method == "gptq" or self.salient.count > 0
+        return looks or "pca" in self.rotation.residual or self.rotation.values == "pca"
