@@ -23,6 +23,7 @@ from rosaq.checkpoint import bits_per_weight, read_config, total_bytes
 from rosaq.demo import run_demo
 from rosaq.doctor import diagnose, lines
 from rosaq.evaluation import continue_text, evaluate
+from rosaq.recipes import preset_of
 from rosaq.report.inspect import linears_by_kind, read_layers
 from rosaq.report.progress import count_progress, quantize_progress
 from rosaq.report.record import write_record
@@ -55,6 +56,7 @@ def quantize(
     model: Annotated[str, typer.Argument(help="Dense model: a directory or a hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New directory for the checkpoint.")],
     recipe: Annotated[str, typer.Option(help="rtn, gptq, quarot, rosaq or rosaq-gptq.")] = "rosaq-gptq",
+    preset: Annotated[str, typer.Option(help="fast, default or best: how much work goes into it.")] = "default",
     bits: Annotated[int, typer.Option(help="3 or 4.")] = 3,
     group_size: Annotated[int, typer.Option(help="In-features per scale; -1 for whole rows.")] = 64,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Default: the recipe's.")] = None,
@@ -64,7 +66,7 @@ def quantize(
     ] = None,
     calibration: Annotated[Path | None, typer.Option(help="Text or JSON lines. Default: built-in prose.")] = None,
     documents: Documents = None,
-    num_sequences: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
+    num_sequences: Annotated[int | None, typer.Option(help="Calibration windows. Default: the preset's.")] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Calibration windows per forward pass.")] = 8,
     expansion: Annotated[int, typer.Option(help="Copies of each window, rolled to other positions.")] = 1,
@@ -74,9 +76,12 @@ def quantize(
     json_file: JsonFile = None,
 ) -> None:
     """Quantise a model's linear layers into a new checkpoint directory."""
+    if num_sequences is None:
+        num_sequences = preset_of(preset).num_sequences
     spec = CalibrationSpec(num_sequences, sequence_length, batch_size, seed, expansion)
     request: dict[str, Any] = {
         "recipe": recipe,
+        "preset": preset,
         "bits": bits,
         "group_size": group_size,
         "symmetric": symmetric,

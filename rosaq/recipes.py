@@ -1,8 +1,8 @@
-"""The recipes by name, and how a request changes them."""
+"""The recipes and presets by name, and how a request changes them."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rosaq.specs import ImportanceSpec, QuantSpec, Recipe, RotationSpec, SalientSpec, TuneSpec
@@ -36,6 +36,25 @@ RECIPES: dict[str, Recipe] = {
 DEFAULT_RECIPE = "rosaq-gptq"
 
 
+@dataclass(frozen=True)
+class Preset:
+    """How much work a run puts into any recipe: calibration windows, and tuning steps as a multiple of the recipe's."""
+
+    num_sequences: int
+    tuning: int
+
+
+PRESETS = {"fast": Preset(32, 0), "default": Preset(64, 1), "best": Preset(128, 2)}
+DEFAULT_PRESET = "default"
+
+
+def preset_of(name: str) -> Preset:
+    """The preset `name`; ValueError naming them all for an unknown one."""
+    if name not in PRESETS:
+        raise ValueError(f"preset: got {name!r}, need one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
 def make_recipe(
     base: str | Recipe = DEFAULT_RECIPE,
     *,
@@ -44,6 +63,7 @@ def make_recipe(
     symmetric: bool | None = None,
     salient: int | None = None,
     importance: str | None = None,
+    preset: str = DEFAULT_PRESET,
 ) -> Recipe:
     """The recipe `base` (a name or a recipe of your own) with some of its choices changed; None keeps one (3 bits in
     groups of 64 for the recipes by name). ValueError for an unknown name or number."""
@@ -60,7 +80,8 @@ def make_recipe(
             chosen = replace(chosen, by="energy")  # without principal axes the largest channels are what there is
         chosen = replace(chosen, count=salient, online=chosen.online if salient else None)
     listened = recipe.importance if importance is None else replace(recipe.importance, strategy=importance)
-    return replace(recipe, quant=quant, salient=chosen, importance=listened)
+    tune = replace(recipe.tune, steps=recipe.tune.steps * preset_of(preset).tuning)
+    return replace(recipe, quant=quant, salient=chosen, importance=listened, tune=tune)
 
 
 def with_counted_salient(recipe: Recipe, hidden: int) -> Recipe:

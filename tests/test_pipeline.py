@@ -14,7 +14,7 @@ from rosaq.checkpoint import read_config
 from rosaq.linear import RosaqLinear
 from rosaq.pipeline import quantize
 from rosaq.pipeline.probe import TOLERANCE
-from rosaq.recipes import RECIPES
+from rosaq.recipes import RECIPES, make_recipe
 from rosaq.specs import CalibrationSpec, TuneSpec
 from tests.models import SMALL, TEXT, save_dense, tiny_llama, tiny_mistral
 from tests.tolerances import assert_same_function
@@ -108,6 +108,17 @@ def test_the_report_tells_what_tuning_and_importance_did(made):
     assert (gains != 1).any()
     blocks = json.loads((made["gptq"][0] / "rosaq_layers.json").read_text())["blocks"]
     assert blocks == [{"tuned": None, "importance": None}] * 2
+
+
+def test_presets_are_more_or_less_work(dense, tmp_path):
+    small = {key: value for key, value in SMALL.items() if key != "spec"}
+    made = quantize(dense, tmp_path / "fast", preset="fast", salient=4, **small)
+    blocks = json.loads((tmp_path / "fast" / "rosaq_layers.json").read_text())["blocks"]
+    assert all(block["tuned"] is None for block in blocks)
+    assert made.recipe == "rosaq-gptq"
+    assert make_recipe(preset="best").tune.steps == 2 * make_recipe().tune.steps > 0
+    with pytest.raises(ValueError, match="preset: got 'slow', need one of fast, default, best"):
+        quantize(dense, tmp_path / "slow", preset="slow", **small)
 
 
 def test_importance_can_be_chosen_by_name_and_sequences_rolled(dense, made, tmp_path):

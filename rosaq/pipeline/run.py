@@ -30,7 +30,7 @@ from rosaq.pipeline.request import calibration_windows, check_formats, request_o
 from rosaq.pipeline.rotations import Rotations, choose_rotations
 from rosaq.pipeline.source import DenseModel, local_directory
 from rosaq.pipeline.workspace import Workspace, block_name, check_output
-from rosaq.recipes import DEFAULT_RECIPE, make_recipe, with_counted_salient
+from rosaq.recipes import DEFAULT_PRESET, DEFAULT_RECIPE, make_recipe, preset_of, with_counted_salient
 from rosaq.rotation import fold_norms, rotate_block, rotate_rows
 from rosaq.specs import CalibrationSpec, Recipe
 
@@ -77,6 +77,7 @@ def quantize(
     symmetric: bool | None = None,
     salient: int | None = None,
     importance: str | None = None,
+    preset: str = DEFAULT_PRESET,
     calibration: list[str] | None = None,
     spec: CalibrationSpec | None = None,
     force: bool = False,
@@ -86,8 +87,8 @@ def quantize(
     """Quantise the model in directory (or of hub name) `model` into the new directory `output`.
 
     recipe: a name of `rosaq.recipes.RECIPES`, or a `Recipe` of your own. bits, group_size, symmetric, salient,
-    importance: None keeps the recipe's choice (3 bits in groups of 64). calibration: documents (None: prose that Python
-    carries).
+    importance: None keeps the recipe's choice (3 bits in groups of 64). preset: "fast", "default" or "best": how many
+    calibration windows (unless `spec` says so) and tuning steps. calibration: documents (None: prose Python carries).
     Memory holds one block, the token stream and one shard. `output` appears complete or not at all; an interrupted
     run continues with `resume` and ends bit-identical.
 
@@ -96,9 +97,15 @@ def quantize(
     started = time.monotonic()
     output = Path(output)
     chosen = make_recipe(
-        recipe, bits=bits, group_size=group_size, symmetric=symmetric, salient=salient, importance=importance
+        recipe,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        salient=salient,
+        importance=importance,
+        preset=preset,
     )
-    spec = spec or CalibrationSpec()
+    spec = spec or CalibrationSpec(num_sequences=preset_of(preset).num_sequences)
     check_output(output, force=force)
     dense = DenseModel(local_directory(model))
     chosen = with_counted_salient(chosen, dense.blocks.sizes.hidden)
