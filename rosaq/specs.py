@@ -72,12 +72,13 @@ class RotationSpec:
     """Which rotations are applied, and where.
 
     residual    folded into the weights: "none", "random" (randomised Hadamard or Haar), "pca" (principal axes in
-                order of eigenvalue), "pca-random" (salient principal axes first, random basis of the rest).
+                order of eigenvalue), "pca-random" (salient principal axes first, random basis of the rest). Or online
+                at every site that reads the stream: "hadamard" (shared block), where nothing can be folded.
     values      per key-value head, folded into v_proj and o_proj: "none", "random", "pca".
     mlp_out     online at down_proj's input: "none", "hadamard" (shared block).
     """
 
-    residual: Literal["none", "random", "pca", "pca-random"] = "none"
+    residual: Literal["none", "random", "pca", "pca-random", "hadamard"] = "none"
     values: Literal["none", "random", "pca"] = "none"
     mlp_out: Literal["none", "hadamard"] = "none"
 

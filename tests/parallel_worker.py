@@ -20,7 +20,7 @@ def main(checkpoint: str, out: str, request: str) -> None:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, distributed_config=config)
         logits = model(torch.arange(24).view(2, 12)).logits
         torch.save(logits, f"{out}/logits-{rank}.pt")
-        down = model.get_submodule("model.layers.0.mlp.down_proj")
+        down = model.get_submodule(f"model.layers.0.{options.get('linear', 'mlp.down_proj')}")
         answer = {"held": list(down.held), "in_features": down.in_features, "packed": down.packed is not None}
         model.save_pretrained(f"{out}/saved-{rank}")
     except ValueError as error:

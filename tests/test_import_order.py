@@ -13,7 +13,7 @@ from tests.models import save_rosaq
 
 PACKAGE = Path(rosaq.__file__).parent
 SHARED = {"config", "specs", "layout"}
-RUN_TIME = {"reference", "ops", "sharding", "linear", "checkpoint", "integrations"}
+RUN_TIME = {"reference", "ops", "sharding", "linear", "experts", "checkpoint", "integrations"}
 OFFLINE = {"models", "rotation", "calibrate", "quantizers", "tuning", "pipeline", "recipes"}
 BESIDE = {"text", "verification", "conversion", "evaluation", "report", "doctor", "demo", "cli"}
 
@@ -27,11 +27,12 @@ MAY_IMPORT = {
     "ops": {"config", "_C"},
     "sharding": {"config"},
     "linear": {"config", "specs", "layout", "ops", "sharding"},
+    "experts": set(),
     "checkpoint": {"config", "layout"},
-    "integrations": {"config", "specs", "linear", "checkpoint", "sharding"},
+    "integrations": {"config", "specs", "linear", "experts", "checkpoint", "sharding"},
     "models": {"config"},
     "rotation": {"config", "models"},
-    "calibrate": {"config", "specs", "layout", "models"},
+    "calibrate": {"config", "specs", "layout", "experts", "models"},
     "quantizers": {"config", "specs", "layout"},
     "tuning": {"config", "specs", "layout", "rotation", "calibrate"},
     "recipes": {"config", "specs"},
@@ -46,6 +47,7 @@ MAY_IMPORT = {
         "tuning",
         "recipes",
         "checkpoint",
+        "experts",
         "sharding",
         "text",
     },
@@ -59,7 +61,7 @@ MAY_IMPORT = {
         "sharding",
         "integrations",
     },
-    "conversion": {"config", "ops", "linear", "checkpoint", "integrations"},
+    "conversion": {"config", "ops", "linear", "experts", "checkpoint", "integrations"},
     "evaluation": {"config", "checkpoint", "linear", "text"},
     "report": {"config", "checkpoint"},
     "doctor": {"_C", "ops", "report"},

@@ -107,7 +107,7 @@ def test_the_report_tells_what_tuning_and_importance_did(made):
     gains = load_file(output / "model.safetensors")["model.layers.1.input_layernorm.weight"]
     assert (gains != 1).any()
     blocks = json.loads((made["gptq"][0] / "rosaq_layers.json").read_text())["blocks"]
-    assert blocks == [{"tuned": None, "importance": None}] * 2
+    assert blocks == [{"tuned": None, "importance": None, "expert_tokens": None}] * 2
 
 
 def test_presets_are_more_or_less_work(dense, tmp_path):

@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rosaq.config import LinearFormat
-from tests.models import save_rosaq, tiny_llama
+from rosaq.pipeline import quantize
+from tests.families import save_family, tiny_family
+from tests.models import SMALL, save_rosaq, tiny_llama
 from tests.tolerances import assert_same_function
 
 WORKER = Path(__file__).parent / "parallel_worker.py"
@@ -48,6 +50,18 @@ def test_two_ranks_compute_what_one_does(tmp_path, free_port):
         assert answer["in_features"] == 128
         assert answer["packed"]
         assert "got a model cut between ranks" in answer["error"]
+        assert_same_function(torch.load(tmp_path / f"logits-{rank}.pt"), want)
+
+
+@torch.no_grad()
+def test_two_ranks_share_every_expert(tmp_path, free_port):
+    source = save_family(tmp_path / "dense", tiny_family("mixtral"))
+    quantize(source, tmp_path / "model", recipe="rtn", **SMALL)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    want = model(torch.arange(24).view(2, 12)).logits
+    for rank, answer in enumerate(run_ranks(tmp_path / "model", tmp_path, free_port, linear="mlp.experts.3.w2")):
+        assert answer["held"] == [64, 64]
+        assert answer["in_features"] == 128
         assert_same_function(torch.load(tmp_path / f"logits-{rank}.pt"), want)
 
 

@@ -1,7 +1,15 @@
 """Activations of a model on calibration text, one block at a time, and their second moments."""
 
-from rosaq.calibrate.blocks import BlockModel
+from rosaq.calibrate.blocks import BlockModel, SiteInput
 from rosaq.calibrate.gram import Gram, Tokens
 from rosaq.calibrate.importance import importance_from_scores, importance_summary, token_importance
 
-__all__ = ["BlockModel", "Gram", "Tokens", "importance_from_scores", "importance_summary", "token_importance"]
+__all__ = [
+    "BlockModel",
+    "Gram",
+    "SiteInput",
+    "Tokens",
+    "importance_from_scores",
+    "importance_summary",
+    "token_importance",
+]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,23 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rosaq.experts import Experts, replace_fused, routed
 from rosaq.models import Family, Site, Sizes, family_of
 
 Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SiteInput:
+    """What the linears of a site read: x [tokens, k], and which of the batch's tokens they are, None: all of them (a
+    site of one expert reads those routed to it)."""
+
+    x: Tensor
+    tokens: Tensor | None = None
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """The entries of values [all tokens of the batch] that belong to x."""
+        return values if self.tokens is None else values[self.tokens]
 
 
 class _Stop(Exception):
@@ -32,10 +47,11 @@ class _Recorder(nn.Module):
         super().__init__()
         self.attention_type = getattr(block, "attention_type", "full_attention")
         self.kwargs: dict[str, Any] = {}
+        self.hidden: Tensor | None = None
         self._last = last
 
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        self.kwargs = kwargs
+        self.kwargs, self.hidden = kwargs, hidden
         if self._last:
             raise _Stop
         return hidden
@@ -49,18 +65,30 @@ class BlockModel:
 
     def __init__(self, directory: Path) -> None:
         self.config = AutoConfig.from_pretrained(directory)
-        self.family: Family = family_of(self.config.model_type)
+        family = family_of(self.config.model_type)
         if getattr(self.config, "quantization_config", None) is not None:
             raise ValueError(f"model: got {directory}, which is quantised already; need a 16 or 32-bit model")
         self.sizes = Sizes.of(self.config)
+        self.family: Family = family.with_experts(self.sizes.num_experts)
         with torch.device("meta"):
             self._model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation="sdpa")
+            replace_fused(self._model)
         self._model.eval()
-        rotary = self._model.get_submodule(self.family.rotary)
-        # its frequencies are computed, not stored, so the meta copy has none
-        self._model.set_submodule(self.family.rotary, type(rotary)(config=self.config))
+        _compute_buffers(self._model)
         self._blocks = list(self._model.get_submodule(self.family.blocks))
+        self._check_blocks()
         self._kwargs: dict[tuple[torch.Size, str], list[dict[str, Any]]] = {}
+
+    def _check_blocks(self) -> None:
+        """ValueError unless every block has the linears of the table, and no other."""
+        for index, block in enumerate(self._blocks):
+            has = {name for name, module in block.named_modules() if type(module) is nn.Linear}
+            missing, unknown = sorted({*self.family.linears} - has), sorted(has - {*self.family.linears})
+            if missing or unknown:
+                raise ValueError(
+                    f"model: {self.family.block_prefix(index)[:-1]}: got a block without {missing[:3]} and with "
+                    f"{unknown[:3]}, need the linears of the table {self.family.name!r} in every block"
+                )
 
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
         """{path inside a block: (in_features, out_features)} of every linear of the family's table."""
@@ -98,23 +126,50 @@ class BlockModel:
         return self.forward(index, tensors, hidden)
 
     def inputs_of(
-        self, index: int, tensors: Tensors, hidden: Tensor, sites: Iterable[Site], *, stop: bool = True
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """({site name: its input [batch, length, k]}, the block's output, or None with `stop`: the forward pass then
-        ends at the last wanted site)."""
-        found: dict[str, Tensor] = {}
+        self,
+        index: int,
+        tensors: Tensors,
+        hidden: Tensor,
+        sites: Iterable[Site],
+        *,
+        stop: bool = True,
+        route_all: bool = False,
+    ) -> tuple[dict[str, SiteInput], Tensor | None]:
+        """({site name: its input}, the block's output, or None with `stop`: the forward pass then ends at the last
+        wanted site). Sites of experts that no token was routed to are left out; with `route_all` those of all experts
+        get every token, as if the router had sent it."""
+        found: dict[str, SiteInput] = {}
+        routing: dict[str, Tensor | None] = {}
         wanted = list(sites)
+        routed_sites = [site for site in wanted if site.expert is not None]
+        # the experts' last linears read what only a run of the expert makes
+        hooked = [site for site in wanted if site.expert is None or (site.reads == "hidden" and not route_all)]
 
         def keep(site: Site) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-                found[site.name] = args[0]
+                found[site.name] = SiteInput(args[0].flatten(0, -2), routing.get(site.name))
                 if stop and len(found) == len(wanted):
                     raise _Stop
 
             return hook
 
+        def route(experts: Experts, args: tuple[Any, ...]) -> None:
+            x, chosen = args[0], args[1]
+            for site in routed_sites:
+                assert site.expert is not None
+                tokens = routing[site.name] = None if route_all else routed(chosen, site.expert)[0]
+                seen = x if tokens is None else x[tokens]
+                if site not in hooked and len(seen):
+                    is_hidden = site.reads == "hidden"
+                    found[site.name] = SiteInput(experts[site.expert].hidden(seen) if is_hidden else seen, tokens)
+            if stop and not any(site in hooked for site in routed_sites):
+                raise _Stop
+
         block = self._blocks[index]
-        hooks = [block.get_submodule(site.linears[0]).register_forward_pre_hook(keep(site)) for site in wanted]
+        hooks = [block.get_submodule(site.linears[0]).register_forward_pre_hook(keep(site)) for site in hooked]
+        if routed_sites:
+            mixture = next(module for module in block.modules() if isinstance(module, Experts))
+            hooks.append(mixture.register_forward_pre_hook(route))
         try:
             return found, self.run(index, tensors, hidden)
         except _Stop:
@@ -162,5 +217,30 @@ class BlockModel:
                     parent(inputs_embeds=hidden, use_cache=False)
             finally:
                 setattr(parent, name, nn.ModuleList(self._blocks))
+            self._check_embedding(hidden, recorders[0].hidden)
             self._kwargs[key] = [recorder.kwargs for recorder in recorders]
         return self._kwargs[key]
+
+    def _check_embedding(self, given: Tensor, seen: Tensor | None) -> None:
+        """ValueError if the model does to the embeddings what this class does not: every stream would be wrong."""
+        if seen is None or not torch.equal(given, seen):
+            raise ValueError(
+                f"model: {self.config.model_type}: got embeddings that the model changes before its first block, need "
+                f"them to enter it as {self.family.embedding!r} makes them"
+            )
+
+
+def _compute_buffers(model: nn.Module) -> None:
+    """Give the buffers that are computed rather than stored (rotary frequencies, embedding scales) their values: on the
+    meta device they have none. By transformers' own way, which `from_pretrained` takes too."""
+    for name, module in model.named_modules():
+        buffers = {key: module._buffers[key] for key in module._non_persistent_buffers_set if key in module._buffers}
+        for key, buffer in buffers.items():
+            if buffer is not None:
+                module._buffers[key] = torch.full(buffer.shape, torch.nan, dtype=buffer.dtype)
+        if buffers:
+            with torch.no_grad():
+                model._init_weights(module)  # type: ignore[operator]
+        for key in buffers:
+            if (value := module._buffers[key]) is not None and value.isnan().any():
+                raise ValueError(f"model: {name}.{key}: got a buffer that its model does not compute, need one it does")

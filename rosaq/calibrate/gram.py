@@ -73,6 +73,11 @@ class Gram:
                 rows = chunk[:, start : start + _COLUMNS_AT_ONCE]
                 self._sum[start : start + _COLUMNS_AT_ONCE, start:] += rows.T @ chunk[:, start:]
 
+    @property
+    def has_tokens(self) -> bool:
+        """True once a token of positive importance was added."""
+        return self._weight > 0
+
     def mean(self) -> Tensor:
         """G [k, k] float64; ValueError before any token of positive importance was added."""
         if self._weight <= 0:

@@ -109,11 +109,18 @@ class WeightReader:
 
     def get(self, name: str) -> Tensor:
         """Tensor `name` on the CPU, in the dtype on disk; KeyError naming it if the checkpoint has none."""
+        return self._read(name, None)
+
+    def get_entry(self, name: str, index: int) -> Tensor:
+        """`get(name)[index]`; no more than that is read."""
+        return self._read(name, index)
+
+    def _read(self, name: str, index: int | None) -> Tensor:
         self._entry(name)
         path = self._files[name]
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                tensor: Tensor = file.get_tensor(name)
+                tensor: Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: got {error} reading {name!r}, need the file that was opened") from error
         return tensor

@@ -27,6 +27,7 @@ from rosaq.config import QUANT_METHOD, CheckpointConfig, LinearFormat
 from rosaq.conversion.codes import to_rosaq
 from rosaq.conversion.exporters import compressed, compressed_config, dense, in_range
 from rosaq.conversion.importers import READERS, TENSORS, linear_names, read_linear
+from rosaq.experts import name_on_disk
 
 TARGETS = {"dense": dense, "compressed-tensors": compressed}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -114,19 +115,21 @@ def _write(
 
 
 def _exported(job: _Job, config: CheckpointConfig, to: str) -> Iterator[tuple[str, Tensor]]:
-    sizes = linear_sizes(config, job.reader)
+    sizes, model_type = linear_sizes(config, job.reader), str(job.values.get("model_type"))
     for done, (name, (n, k)) in enumerate(sorted(sizes.items())):
         job.progress(done, len(sizes))
         fmt = job.formats[name] = config.format_of(name)
         tensors = {key: job.reader.get(f"{name}.{key}") for key in fmt.tensor_shapes(k, n)}
         for key, tensor in TARGETS[to](name, fmt, tensors, job.dtype).items():
-            yield f"{name}.{key}", tensor
+            yield name_on_disk(f"{name}.{key}", model_type), tensor
     job.progress(len(sizes), len(sizes))
     for name in job.reader.names():
         module, _, key = name.rpartition(".")
         if module not in sizes or key == "bias":
             tensor = job.reader.get(name)
-            yield name, in_range(name, tensor, job.dtype) if to == "dense" and tensor.is_floating_point() else tensor
+            if to == "dense" and tensor.is_floating_point():
+                tensor = in_range(name, tensor, job.dtype)
+            yield name_on_disk(name, model_type), tensor
 
 
 def _exported_config(job: _Job, config: CheckpointConfig, to: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rosaq.checkpoint import INDEX_FILE, SINGLE_FILE, WeightReader, linear_sizes
 from rosaq.config import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig
+from rosaq.experts import fused, plan_experts, replace_fused
 from rosaq.integrations.transformers_rounding import RoundToNearest, check_roundable
 from rosaq.linear import RosaqLinear
 
@@ -63,6 +64,7 @@ class RosaqHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: RosaqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self._has_experts = False
         self._rounded: set[str] = set()  # linears of a dense checkpoint, rounded as they are read
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -83,6 +85,8 @@ class RosaqHfQuantizer(HfQuantizer):
         else:
             check_roundable(config)
         skip = [*config.modules_to_not_convert, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+        if self.pre_quantized and all(should_convert_module(path, skip) for path, _ in fused(model)):
+            self._has_experts = bool(replace_fused(model))
         for name, module in list(model.named_modules()):
             if type(module) is not nn.Linear or not should_convert_module(name, skip):
                 continue
@@ -116,6 +120,7 @@ class RosaqHfQuantizer(HfQuantizer):
     # --- after loading ----------------------------------------------------------------------------------------------
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        plan_experts(model, plan)
         if has_parallel_styles():
             from rosaq.integrations.transformers_parallel import register_styles, update_plan
 
@@ -176,7 +181,7 @@ class RosaqHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        return not self._has_experts  # which of them run depends on the tokens
 
 
 def check_loaded(name: str, module: RosaqLinear) -> None:
@@ -236,7 +241,8 @@ def dense_linear(linear: RosaqLinear, dtype: torch.dtype) -> nn.Linear:
 
 def warn_of_dense_experts(model: nn.Module) -> None:
     """Warn where a mixture of experts keeps its experts as 3-D Parameters, which stay in 16 bits."""
-    dense = [name for name, p in model.named_parameters() if "expert" in name and p.dim() == 3]
+    holders = [(path, m) for path, m in model.named_modules() if "expert" in path and not isinstance(m, RosaqLinear)]
+    dense = [f"{path}.{n}" for path, m in holders for n, p in m.named_parameters(recurse=False) if p.dim() == 3]
     if dense:
         numel = sum(model.get_parameter(name).numel() for name in dense)
         total = sum(p.numel() for p in model.parameters())

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from rosaq.config import CheckpointConfig
+from rosaq.experts import plan_experts, replace_fused
 from rosaq.sharding import Cut, allowed_sizes
 
 
@@ -32,7 +33,8 @@ class ModelShape:
 
     @classmethod
     def of(cls, model: nn.Module, config: CheckpointConfig) -> ModelShape:
-        """The shape of `model`, whose linears are still dense."""
+        """The shape of `model`, whose linears are still dense; the experts of a mixture become linears, in place."""
+        replace_fused(model)
         names, linears = set(model.state_dict()), {}
         for name, module in model.named_modules():
             if type(module) is nn.Linear and should_convert_module(name, list(config.modules_to_not_convert)):
@@ -64,7 +66,8 @@ def dense_model(values: dict[str, Any]) -> nn.Module:
 
 
 def _cuts(model: nn.Module, linears: dict[str, tuple[int, int]]) -> dict[str, Cut]:
-    plan: dict[str, str] = getattr(model, "tp_plan", None) or {}
+    plan: dict[str, str] = dict(getattr(model, "tp_plan", None) or {})
+    plan_experts(model, plan)
     cuts: dict[str, Cut] = {}
     for name in linears:
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name), "")

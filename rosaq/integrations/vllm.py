@@ -78,6 +78,11 @@ class RosaqVllmConfig(QuantizationConfig):  # type: ignore[misc]
                 f"{prefix}: modules_to_not_convert: got {[n for n, skip in zip(names, skipped, strict=True) if skip]} "
                 f"but not the rest of {names}, need all or none of what vLLM fuses"
             )
+        if "experts" in prefix:
+            raise NotImplementedError(
+                f"{prefix}: got a mixture of experts, need a model without one: run this checkpoint with transformers, "
+                "or `rosaq convert DIR -o OUT --to dense`"
+            )
         if not is_linear:
             raise NotImplementedError(
                 f"{prefix}: got a {type(layer).__name__}, need a linear layer: "

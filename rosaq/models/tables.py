@@ -23,9 +23,51 @@ LLAMA = Family(
     value="self_attn.v_proj",
 )
 
+# Norms multiply by 1 + weight. What the writers add is normed too, so the stream keeps its basis. q and k: as Qwen3.
+GEMMA3 = Family(
+    name="gemma3_text",
+    sites=(
+        LLAMA.sites[0],
+        LLAMA.sites[1],
+        Site("mlp_in", ("mlp.gate_proj", "mlp.up_proj"), reads="residual", norm="pre_feedforward_layernorm"),
+        LLAMA.sites[3],
+    ),
+    writers=LLAMA.writers,
+    value=LLAMA.value,
+    gain_offset=1.0,
+    is_post_normed=True,
+)
+
+
+def _mixture(name: str, gate: str, up: str, down: str) -> Family:
+    """Llama's attention with a router and experts in place of the MLP."""
+    return replace(
+        LLAMA,
+        name=name,
+        sites=(
+            *LLAMA.sites[:2],
+            Site(
+                "mlp_in",
+                (f"mlp.experts.*.{gate}", f"mlp.experts.*.{up}"),
+                reads="residual",
+                norm="post_attention_layernorm",
+                kept=("mlp.gate",),
+            ),
+            Site("mlp_out", (f"mlp.experts.*.{down}",), reads="hidden"),
+        ),
+        writers=("self_attn.o_proj", f"mlp.experts.*.{down}"),
+    )
+
+
 FAMILIES = {
     "llama": LLAMA,
     "mistral": replace(LLAMA, name="mistral"),  # same tensors; its sliding window is in the attention mask
+    "qwen2": replace(LLAMA, name="qwen2"),  # and Qwen2.5: q, k and v have biases, which no table needs to name
+    "qwen3": replace(LLAMA, name="qwen3"),  # q and k are normed per head; nothing is folded through them
+    "gemma": replace(LLAMA, name="gemma", gain_offset=1.0),
+    "gemma3_text": GEMMA3,
+    "mixtral": _mixture("mixtral", "w1", "w3", "w2"),
+    "qwen3_moe": _mixture("qwen3_moe", "gate_proj", "up_proj", "down_proj"),
 }
 
 

@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rosaq.checkpoint import write_hashes, write_shards
 from rosaq.config import CheckpointConfig, LinearFormat
+from rosaq.models import config_key
 from rosaq.pipeline.block import LinearReport, formats
 from rosaq.pipeline.rotations import Rotations
 from rosaq.pipeline.source import DenseModel
 from rosaq.pipeline.workspace import Workspace, block_name
-from rosaq.rotation import rotate_rows
+from rosaq.rotation import rotate_rows, unit_gain
 from rosaq.sharding import Cut, allowed_sizes
 from rosaq.specs import Recipe
 
@@ -31,7 +31,8 @@ _NOT_COPIED = ("config.json", "model.safetensors.index.json", LAYERS_FILE)
 @dataclass(frozen=True)
 class Report:
     """What a run measured: one entry per linear; one per block ("tuned": loss before and after, "importance": summary
-    of the tokens' weights); the largest relative logit difference that the rotations made (None without any)."""
+    of the tokens' weights, "expert_tokens": how many went to each expert of a mixture); the largest relative logit
+    difference that the rotations made (None without any)."""
 
     layers: list[LinearReport]
     blocks: list[dict[str, Any]]
@@ -41,7 +42,7 @@ class Report:
 def write_checkpoint(model: DenseModel, recipe: Recipe, rotations: Rotations, report: Report, work: Workspace) -> None:
     """Write weights, config, tokenizer files and the per-layer report into the workspace's final directory."""
     final = work.final_directory()
-    write_shards(final, _tensors(model, recipe, rotations, work))
+    write_shards(final, _tensors(model, rotations, work))
     for pattern in _COPIED:
         for path in model.directory.glob(pattern):
             if path.name not in _NOT_COPIED:
@@ -58,14 +59,14 @@ def write_checkpoint(model: DenseModel, recipe: Recipe, rotations: Rotations, re
     write_hashes(final)
 
 
-def _tensors(model: DenseModel, recipe: Recipe, rotations: Rotations, work: Workspace) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: DenseModel, rotations: Rotations, work: Workspace) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint under its full name, one block in memory at a time."""
-    family, is_identity = model.blocks.family, recipe.rotation.is_identity
+    family, residual = model.blocks.family, rotations.residual
     gain, rows = model.get(model.final_norm_name), model.get(model.embedding_name)
-    if is_identity:
+    if residual is None:
         yield model.embedding_name, model.to_storage(rows, model.embedding_name)
     else:
-        yield model.embedding_name, model.to_storage(rotate_rows(rows, rotations.residual), model.embedding_name)
+        yield model.embedding_name, model.to_storage(rotate_rows(rows, residual), model.embedding_name)
     for index in range(model.blocks.sizes.num_blocks):
         saved = work.load(block_name(index))
         assert saved is not None
@@ -73,26 +74,27 @@ def _tensors(model: DenseModel, recipe: Recipe, rotations: Rotations, work: Work
             if not name.startswith("probe."):
                 yield family.block_prefix(index) + name, tensor
     head_name = f"{family.head}.weight"
-    if is_identity:
+    if residual is None:
         yield model.final_norm_name, model.to_storage(gain, model.final_norm_name)
         if not model.is_tied:
             yield head_name, model.to_storage(model.get(model.head_name), head_name)
     else:
-        yield model.final_norm_name, model.to_storage(torch.ones_like(gain), model.final_norm_name)
-        head = rotate_rows(model.get(model.head_name), rotations.residual, gain)
+        yield model.final_norm_name, model.to_storage(unit_gain(gain, family), model.final_norm_name)
+        head = rotate_rows(model.get(model.head_name), residual, gain + family.gain_offset)
         yield head_name, model.to_storage(head, head_name)
 
 
 def _config(model: DenseModel, recipe: Recipe, rotations: Rotations) -> dict[str, Any]:
-    """The source's config.json with the quantization_config; the norms' gains live in the head now, so it is untied."""
+    """The source's config.json with the quantization_config. Where the residual stream is rotated, the last norm's gain
+    lives in the head, so it is untied from the embedding."""
     config: dict[str, Any] = json.loads((model.directory / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config["dtype"] = str(model.dtype).removeprefix("torch.")
-    if not recipe.rotation.is_identity:
+    if rotations.residual is not None:
         config["tie_word_embeddings"] = False
     fmts = formats(recipe, model.blocks.family, rotations.of_block(0))
     default = _most_common(fmts)
-    overrides = {name: fmt for name, fmt in fmts.items() if fmt != default}
+    overrides = {config_key(name): fmt for name, fmt in fmts.items() if fmt != default}
     quantization = CheckpointConfig(
         default, overrides, (model.blocks.family.head,), recipe.name, tp_sizes=_tp_sizes(model, fmts)
     )
@@ -101,11 +103,11 @@ def _config(model: DenseModel, recipe: Recipe, rotations: Rotations) -> dict[str
 
 def _tp_sizes(model: DenseModel, fmts: dict[str, LinearFormat]) -> tuple[int, ...]:
     """The numbers of ranks every linear can be cut between: along its outputs where it reads the residual stream."""
-    family = model.blocks.family
+    family, sizes = model.blocks.family, model.blocks.linear_sizes()
     linears: list[tuple[LinearFormat, int, int, Cut]] = []
     for site in family.sites:
         for linear in site.linears:
-            n, k = model.reader.shape(f"{family.block_prefix(0)}{linear}.weight")
+            k, n = sizes[linear]
             linears.append((fmts[linear], k, n, "out" if site.reads == "residual" else "in"))
     return allowed_sizes(linears)
 

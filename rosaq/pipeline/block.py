@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import BlockModel, Gram, Tokens, importance_summary, token_importance
+from rosaq.calibrate import BlockModel, importance_summary, token_importance
 from rosaq.config import LinearFormat
 from rosaq.layout import dequantize
 from rosaq.models import Family, Site
+from rosaq.pipeline.moments import SiteMoments
 from rosaq.quantizers import NotPositiveDefiniteError, energy_index, quantize_weight, quantize_with_basis
 from rosaq.rotation import BlockRotations, rotate_blocks
 from rosaq.specs import Recipe
@@ -47,8 +48,8 @@ def formats(recipe: Recipe, family: Family, rotations: BlockRotations) -> dict[s
         fmt = replace(
             plain, num_salient=count, salient="basis" if count and recipe.salient.is_basis(site.reads) else "index"
         )
-        if site.reads == "hidden" and rotations.mlp_out is not None:
-            size = rotations.mlp_out.shape
+        if site.name in rotations.online:
+            size = rotations.online[site.name].shape
             fmt = replace(fmt, rotation_blocks=size[0], rotation_size=size[1])
         result |= dict.fromkeys(site.linears, fmt)
     return result
@@ -86,13 +87,15 @@ class Streams:
 class BlockResult:
     """stored: the tensors of the block's linears, as in the checkpoint, and the norms' gains where they were tuned.
     reports: one per linear. loss: of the block before and after tuning, None without. outputs: of the dense block, if
-    the second moments were measured on its tokens. importance: a summary of the tokens' weights."""
+    the second moments were measured on its tokens. importance: a summary of the tokens' weights. expert_tokens: how
+    many tokens were routed to each expert, None without a mixture."""
 
     stored: Tensors
     reports: list[LinearReport]
     loss: tuple[float, float] | None
     outputs: list[Tensor]
     importance: dict[str, Any] | None
+    expert_tokens: list[int] | None
 
 
 def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
@@ -109,26 +112,43 @@ def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
         token_importance(model, task.index, current, hidden, recipe.importance, counts)
         for hidden, counts in zip(streams.moments, streams.counts, strict=True)
     ]
-    grams, outputs, made, loss = dict[str, Tensor](), list[Tensor](), dict[str, Tensors](), None
+    moments = SiteMoments(model, task.index, task.rotations, recipe.importance)
+    outputs, made, loss = list[Tensor](), dict[str, Tensors](), None
     if recipe.moments == "dense":
-        grams = _grams(task, current, streams.moments, importance, model.family.sites, outputs)
-    for site in model.family.sites:
-        if streams.moments and site.name not in grams:
-            grams |= _grams(task, current, streams.moments, importance, [site])
-        try:
-            made |= _quantize_site(site, weights, grams.get(site.name), recipe, task.rotations)
-        except NotPositiveDefiniteError as error:
-            raise NotPositiveDefiniteError(f"{task.name}{site.linears[0]}: {error}") from error
-        for linear in site.linears:
+        outputs = moments.measure(current, streams.moments, importance, model.family.sites, to_the_end=True)
+    for _, stage in groupby(model.family.sites, key=lambda site: site.stage):
+        sites = list(stage)
+        if streams.moments and sites[0].name not in moments.grams:
+            moments.measure(current, streams.moments, importance, sites)
+        for site in sites:
+            try:
+                made |= _quantize_site(site, weights, moments.grams.get(site.name), recipe, task.rotations)
+            except NotPositiveDefiniteError as error:
+                raise NotPositiveDefiniteError(f"{task.name}{site.linears[0]}: {error}") from error
+        for linear in (linear for site in sites for linear in site.linears):
             current[f"{linear}.weight"] = effective_weight(made[linear], fmts[linear])
     gains: Tensors = {}
     if recipe.tune.steps:
         made, gains, loss = _tune(task, streams.quantised, outputs, importance, made, fmts)
-    reports = [_report(task, linear, grams.get(s.name), made) for s in model.family.sites for linear in s.linears]
+    grams = moments.grams
+    reports = [
+        _report(task, linear, fmts[linear], grams.get(site.name), made[linear])
+        for site in model.family.sites
+        for linear in site.linears
+    ]
     stored = {f"{linear}.{name}": tensor for linear, tensors in made.items() for name, tensor in tensors.items()}
     biases = {f"{linear}.bias" for linear in made} & weights.keys()
-    stored |= {name: weights[name].to(torch.float16) for name in sorted(biases)}
-    return BlockResult(stored | gains, reports, loss, outputs, importance_summary(importance))
+    stored |= {name: _stored_bias(weights[name], task.name + name) for name in sorted(biases)}
+    summary = importance_summary(importance)
+    return BlockResult(stored | gains, reports, loss, outputs, summary, moments.expert_tokens())
+
+
+def _stored_bias(bias: Tensor, name: str) -> Tensor:
+    """A bias as the format has it, float16 whatever the model's dtype; ValueError where float16 cannot hold it."""
+    stored = bias.to(torch.float16)
+    if not torch.isfinite(stored).all():
+        raise ValueError(f"{name}: got values up to {bias.abs().max().item():.3g}, need at most 65504 (float16)")
+    return stored
 
 
 def _tune(
@@ -148,7 +168,7 @@ def _tune(
     norms = {f"{site.norm}.weight" for site in model.family.sites if site.norm}
     gains = {name: task.weights[name] for name in sorted(norms)}
     others = {n: t for n, t in task.weights.items() if n not in gains and n.removesuffix(".weight") not in linears}
-    block = TunedBlock(linears, gains, others, task.dtype)
+    block = TunedBlock(linears, gains, others, task.dtype, gain_offset=model.family.gain_offset)
     tokens = TuningTokens(inputs, torch.cat(targets), weight)
     loss = tune_block(model, task.index, block, tokens, spec, task.seed * 2**16 + task.index)
     tuned = {name: linear.stored() for name, linear in linears.items()}
@@ -158,49 +178,19 @@ def _tune(
 def online(weights: Tensors, family: Family, rotations: BlockRotations) -> Tensors:
     """A copy of a rotated block's weights as plain modules run them: the online rotation is inside the weights."""
     result = dict(weights)
-    if rotations.mlp_out is not None:
-        back = rotations.mlp_out.float().transpose(-1, -2)
-        for linear in family.site_reading("hidden").linears:
-            result[f"{linear}.weight"] = rotate_blocks(weights[f"{linear}.weight"], back)
+    for site in family.sites:
+        if site.name in rotations.online:
+            back = rotations.online[site.name].float().transpose(-1, -2)
+            for linear in site.linears:
+                result[f"{linear}.weight"] = rotate_blocks(weights[f"{linear}.weight"], back)
     return result
-
-
-def _grams(
-    task: BlockTask,
-    current: Tensors,
-    stream: list[Tensor],
-    importance: list[Tensor | None],
-    sites: Sequence[Site],
-    outputs: list[Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """{site name: second moments [k, k] of its input}, from one forward pass. It ends at the last of the sites, or goes
-    on to the block's outputs, which are then appended to `outputs`."""
-    rotation, chosen = task.rotations.mlp_out, task.recipe.importance.sites
-
-    def listens(site: Site) -> bool:
-        return not chosen or site.name in chosen
-
-    grams = {site.name: Gram(current[f"{site.linears[0]}.weight"].shape[1]) for site in sites}
-    for hidden, weight in zip(stream, importance, strict=True):
-        found, out = task.model.inputs_of(task.index, current, hidden, sites, stop=outputs is None)
-        if outputs is not None and out is not None:
-            outputs.append(out)
-        for site in sites:
-            x = found[site.name].flatten(0, -2)
-            if site.reads == "hidden" and rotation is not None:
-                x = rotate_blocks(x, rotation)
-            try:
-                grams[site.name].add_tokens(Tokens(x, weight if listens(site) else None))
-            except ValueError as error:
-                raise ValueError(f"{task.name}{site.linears[0]}: {error}") from error
-    return {name: gram.mean() for name, gram in grams.items()}
 
 
 def _quantize_site(
     site: Site, weights: Tensors, gram: Tensor | None, recipe: Recipe, rotations: BlockRotations
 ) -> dict[str, Tensors]:
     """Quantise the linears of a site as one stacked matrix (rows are independent), and cut the result."""
-    rotation = rotations.mlp_out if site.reads == "hidden" else None
+    rotation = rotations.online.get(site.name)
     w = torch.cat([weights[f"{linear}.weight"] for linear in site.linears])
     count = recipe.salient.count_at(site.reads)
     if count and recipe.salient.is_basis(site.reads):
@@ -221,7 +211,7 @@ def _quantize_site(
 
 
 def _salient_index(site: Site, gram: Tensor | None, recipe: Recipe, count: int) -> Tensor:
-    if recipe.salient.by == "eigenvalue" and site.reads == "residual":
+    if recipe.salient.by == "eigenvalue" and site.reads == "residual" and "pca" in recipe.rotation.residual:
         return torch.arange(count)  # the folded rotation puts the principal axes first
     assert gram is not None
     return energy_index(gram, count)  # in principal axes of the heads the channel energies are the eigenvalues
@@ -239,9 +229,8 @@ def effective_weight(tensors: Tensors, fmt: LinearFormat, *, rotated: bool = Fal
     return w
 
 
-def _report(task: BlockTask, linear: str, gram: Tensor | None, made: dict[str, Tensors]) -> LinearReport:
-    fmt = formats(task.recipe, task.model.family, task.rotations)[linear]
-    w, tensors = task.weights[f"{linear}.weight"], made[linear]
+def _report(task: BlockTask, linear: str, fmt: LinearFormat, gram: Tensor | None, tensors: Tensors) -> LinearReport:
+    w = task.weights[f"{linear}.weight"]
     wide, error = w.double(), (effective_weight(tensors, fmt, rotated=True) - w).double()
     if gram is None:
         signal, noise = wide.square().sum(), error.square().sum()

@@ -4,18 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rosaq.calibrate import BlockModel
 from rosaq.config import LinearFormat
+from rosaq.models import Family
 from rosaq.pipeline.source import DenseModel
 from rosaq.specs import CalibrationSpec, Recipe
 from rosaq.text import builtin_text, token_windows
+
+
+def fit_to_family(recipe: Recipe, family: Family) -> Recipe:
+    """The recipe as far as `family` can take it; a warning says what was changed, if anything.
+
+    Where a norm stands between the writers and the residual stream, no rotation of the stream folds. What the recipe
+    wants of it is then made online, site by site: principal directions as a basis of the site's own, mixing as a
+    Hadamard block.
+    """
+    rotation, salient = recipe.rotation, recipe.salient
+    if not family.is_post_normed or rotation.residual in ("none", "hadamard"):
+        return recipe
+    online: Literal["none", "hadamard"] = "none" if rotation.residual == "pca" else "hadamard"
+    if salient.count and salient.by == "eigenvalue":
+        salient = replace(salient, basis=tuple(dict.fromkeys(("residual", *salient.basis))))
+    warnings.warn(
+        f"{family.name}: got a recipe that rotates the residual stream ({rotation.residual!r}), which norms behind its "
+        f"writers do not let fold: made online, per site, with rotation {online!r} and "
+        f"{salient.count_at('residual')} salient directions of its own",
+        UserWarning,
+        stacklevel=2,
+    )
+    return replace(recipe, rotation=replace(rotation, residual=online), salient=salient)
 
 
 def check_formats(model: BlockModel, recipe: Recipe) -> None:

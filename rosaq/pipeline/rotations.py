@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,25 +19,29 @@ from rosaq.rotation import (
     random_orthogonal,
     shared_hadamard_block,
 )
-from rosaq.specs import Recipe
+from rosaq.specs import Recipe, RotationSpec
+
+_ONLINE = "online."
 
 
 @dataclass(frozen=True)
 class Rotations:
     """residual [d, d] float64, shared by all blocks; values[i] [num_kv_heads, head_dim, head_dim] float64 of block i;
-    mlp_out [1, b, b] float16. spectrum: eigenvalues of the residual second moments, descending (PCA only)."""
+    online {site name: [1, b, b] float16}, the same in every block. spectrum: eigenvalues of the residual second
+    moments, descending (PCA only)."""
 
-    residual: Tensor | None
-    values: list[Tensor] | None
-    mlp_out: Tensor | None
-    spectrum: Tensor | None
+    residual: Tensor | None = None
+    values: list[Tensor] | None = None
+    online: dict[str, Tensor] = field(default_factory=dict)
+    spectrum: Tensor | None = None
 
     def of_block(self, index: int) -> BlockRotations:
-        return BlockRotations(self.residual, self.values[index] if self.values else None, self.mlp_out)
+        return BlockRotations(self.residual, self.values[index] if self.values else None, self.online)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """For the workspace; inverse of `from_tensors`."""
-        named = {"residual": self.residual, "mlp_out": self.mlp_out, "spectrum": self.spectrum}
+        named = {"residual": self.residual, "spectrum": self.spectrum}
+        named |= {f"{_ONLINE}{site}": block for site, block in self.online.items()}
         if self.values:
             named["values"] = torch.stack(self.values)
         return {name: tensor for name, tensor in named.items() if tensor is not None}
@@ -45,7 +49,8 @@ class Rotations:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Rotations:
         values = list(tensors["values"]) if "values" in tensors else None
-        return cls(tensors.get("residual"), values, tensors.get("mlp_out"), tensors.get("spectrum"))
+        online = {name.removeprefix(_ONLINE): tensor for name, tensor in tensors.items() if name.startswith(_ONLINE)}
+        return cls(tensors.get("residual"), values, online, tensors.get("spectrum"))
 
 
 def choose_rotations(
@@ -65,7 +70,7 @@ def choose_rotations(
     residual, spectrum, values = None, None, None
     if spec.residual == "random":
         residual = random_orthogonal(sizes.hidden, _generator(seed, "residual"))
-    elif spec.residual != "none":
+    elif "pca" in spec.residual:
         assert grams is not None
         spectrum, axes = principal_axes(grams.residual)
         num_principal = recipe.salient.count_at("residual")
@@ -78,11 +83,20 @@ def choose_rotations(
     elif spec.values == "pca":
         assert grams is not None
         values = [torch.stack([principal_axes(gram)[1] for gram in block]) for block in grams.values]
-    mlp_out = None
-    if spec.mlp_out == "hadamard":
-        site = model.blocks.family.site_reading("hidden")
-        mlp_out = shared_hadamard_block(*model.blocks.linear_sizes()[site.linears[0]])
-    return Rotations(residual, values, mlp_out, spectrum)
+    return Rotations(residual, values, _online_blocks(model, spec), spectrum)
+
+
+def _online_blocks(model: DenseModel, spec: RotationSpec) -> dict[str, Tensor]:
+    """{site name: Hadamard block [1, b, b]} where the recipe rotates inputs online. The linears of a site share theirs,
+    so the one with the fewest rows decides what it may cost."""
+    wanted = {"residual": spec.residual, "hidden": spec.mlp_out}
+    sizes = model.blocks.linear_sizes()
+    result = {}
+    for site in model.blocks.family.sites:
+        if wanted.get(site.reads) == "hadamard":
+            rows = min(sizes[linear][1] for linear in site.linears)
+            result[site.name] = shared_hadamard_block(sizes[site.linears[0]][0], rows)
+    return result
 
 
 @dataclass(frozen=True)
@@ -100,20 +114,21 @@ def _measure(
     no principal axis (DESIGN.md, "The sink is a salient direction").
     """
     family, sizes = model.blocks.family, model.blocks.sizes
-    wanted = [site for site in family.sites if site.reads == "residual"]
+    # one expert stands for the router, which every token goes through
+    wanted = [site for site in family.sites_reading("residual") if not site.expert]
     if recipe.rotation.values == "pca":
-        wanted.append(family.site_reading("values"))
+        wanted += family.sites_reading("values")
     residual, values = Gram(sizes.hidden), []
     for index in range(sizes.num_blocks):
         weights = fold_norms(model.block(index), family)
         heads = [Gram(sizes.head_dim) for _ in range(sizes.num_kv_heads)]
         for i, hidden in enumerate(stream):
             importance = token_importance(model.blocks, index, weights, hidden, recipe.importance, counts[i])
-            inputs, out = model.blocks.inputs_of(index, weights, hidden, wanted, stop=False)
+            inputs, out = model.blocks.inputs_of(index, weights, hidden, wanted, stop=False, route_all=True)
             assert out is not None
             stream[i] = out
             for site in wanted:
-                x = inputs[site.name].flatten(0, -2)
+                x = inputs[site.name].x
                 if site.reads == "residual":
                     residual.add_tokens(Tokens(x, importance))
                 else:

@@ -26,12 +26,12 @@ from rosaq.pipeline.block import (
     quantize_block,
 )
 from rosaq.pipeline.probe import MAX_TOKENS, Probe, check_equal
-from rosaq.pipeline.request import calibration_windows, check_formats, request_of
+from rosaq.pipeline.request import calibration_windows, check_formats, fit_to_family, request_of
 from rosaq.pipeline.rotations import Rotations, choose_rotations
 from rosaq.pipeline.source import DenseModel, local_directory
 from rosaq.pipeline.workspace import Workspace, block_name, check_output
 from rosaq.recipes import DEFAULT_PRESET, DEFAULT_RECIPE, make_recipe, preset_of, with_counted_salient
-from rosaq.rotation import fold_norms, rotate_block, rotate_rows
+from rosaq.rotation import fold_norms, rotate_block, rotate_rows, unit_gain
 from rosaq.specs import CalibrationSpec, Recipe
 
 Tensors = dict[str, Tensor]
@@ -108,7 +108,7 @@ def quantize(
     spec = spec or CalibrationSpec(num_sequences=preset_of(preset).num_sequences)
     check_output(output, force=force)
     dense = DenseModel(local_directory(model))
-    chosen = with_counted_salient(chosen, dense.blocks.sizes.hidden)
+    chosen = fit_to_family(with_counted_salient(chosen, dense.blocks.sizes.hidden), dense.blocks.family)
     check_formats(dense.blocks, chosen)
     input_ids = calibration_windows(dense, calibration, spec)
     work = Workspace(output, request_of(dense, chosen, spec, input_ids), force=force, resume=resume)
@@ -156,7 +156,7 @@ class _Run:
     ) -> None:
         self._dense, self._recipe, self._spec, self._work, self._report = dense, recipe, spec, work, report
         self._ids = input_ids
-        self.rotations = Rotations(None, None, None, None)
+        self.rotations = Rotations()
         self.reports: list[LinearReport] = []
         self.blocks: list[dict[str, Any]] = []
         self._probe: Probe | None = None
@@ -194,7 +194,7 @@ class _Run:
             assert saved is not None
             tensors, values = saved
             self.reports += [LinearReport(**r) for r in values["reports"]]
-            self.blocks.append({key: values[key] for key in ("tuned", "importance")})
+            self.blocks.append({key: values[key] for key in ("tuned", "importance", "expert_tokens")})
             if "probe.dense" in tensors:
                 self._probe = Probe(tensors.pop("probe.dense"), tensors.pop("probe.rotated"))
             runnable = _runnable(tensors, formats(self._recipe, family, self.rotations.of_block(index)))
@@ -240,26 +240,35 @@ class _Run:
         self._work.save(
             block_name(index),
             stored,
-            {"reports": [r.to_dict() for r in result.reports], "tuned": result.loss, "importance": result.importance},
+            {
+                "reports": [r.to_dict() for r in result.reports],
+                "tuned": result.loss,
+                "importance": result.importance,
+                "expert_tokens": result.expert_tokens,
+            },
         )
         return result.outputs
 
     def _rotated(self, index: int, dense: Tensors) -> Tensors:
-        """The weights `dense` of block `index` with norms folded and rotations applied, if the recipe has any."""
-        model = self._dense.blocks
+        """The weights `dense` of block `index` rotated as the recipe says; norms are folded where the stream they
+        norm is rotated, and only there."""
+        model, rotations = self._dense.blocks, self.rotations.of_block(index)
         if self._recipe.rotation.is_identity:
             return dense
-        return rotate_block(fold_norms(dense, model.family), self.rotations.of_block(index), model.family, model.sizes)
+        folded = dense if rotations.residual is None else fold_norms(dense, model.family)
+        return rotate_block(folded, rotations, model.family, model.sizes)
 
     def check_logits(self) -> float | None:
         """Largest relative logit difference of the probe; None where nothing was rotated."""
         if self._probe is None:
             return None
-        model, get = self._dense.blocks, self._dense.get
+        model, get, residual = self._dense.blocks, self._dense.get, self.rotations.residual
         gain, head = get(self._dense.final_norm_name), get(self._dense.head_name)
         want = model.logits(self._probe.dense, gain, head)
-        rotated = rotate_rows(head, self.rotations.residual, gain)
-        return check_equal(model.logits(self._probe.rotated, torch.ones_like(gain), rotated), want, "logits")
+        if residual is not None:
+            head = rotate_rows(head, residual, gain + model.family.gain_offset)
+            gain = unit_gain(gain, model.family)
+        return check_equal(model.logits(self._probe.rotated, gain, head), want, "logits")
 
     def _embed(self, input_ids: Tensor, residual: Tensor | None) -> Tensor:
         rows = self._dense.get(self._dense.embedding_name)

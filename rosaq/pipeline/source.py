@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -9,7 +10,10 @@ from torch import Tensor
 
 from rosaq.calibrate import BlockModel
 from rosaq.checkpoint import WeightReader
+from rosaq.experts import NAMES, name_on_disk
 
+# Mixtures on disk have a tensor for each linear of each expert, or one for all experts, as in transformers' memory.
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # never pickles
 
 
@@ -49,7 +53,7 @@ class DenseModel:
         wanted = [self.embedding_name, self.final_norm_name, self.head_name]
         for index in range(self.blocks.sizes.num_blocks):
             wanted += [family.block_prefix(index) + name for name in self.blocks.tensor_names()]
-        missing = [name for name in wanted if name not in self.reader]
+        missing = [name for name in wanted if self._place(name) is None]
         if missing:
             raise ValueError(
                 f"model: {directory} lacks {len(missing)} of {len(wanted)} tensors, the first is {missing[0]!r}"
@@ -60,10 +64,32 @@ class DenseModel:
 
     def get(self, name: str) -> Tensor:
         """One tensor as float32; ValueError naming it if it holds NaN or Inf."""
-        tensor = self.reader.get(name).float()
+        place = self._place(name)
+        if place is None:
+            raise ValueError(f"model: got no tensor {name!r}, need it")
+        tensor = self._read(*place).float()
         if not torch.isfinite(tensor).all():
             raise ValueError(f"weights: {name}: got NaN or Inf, need finite numbers")
         return tensor
+
+    def _place(self, name: str) -> tuple[str, int | None, int | None] | None:
+        """(name on disk, expert, which half of its rows) of the tensor that the model calls `name`; None: not there."""
+        for on_disk in (name, name_on_disk(name, self.blocks.config.model_type)):
+            if on_disk in self.reader:
+                return on_disk, None, None
+        expert = _EXPERT.match(name)
+        if expert is None:
+            return None
+        path, number, linear = expert[1], int(expert[2]), expert[3]
+        _, up, down = NAMES[self.blocks.config.model_type]
+        fused = f"{path}.down_proj" if linear == down else f"{path}.gate_up_proj"
+        return (fused, number, None if linear == down else int(linear == up)) if fused in self.reader else None
+
+    def _read(self, on_disk: str, expert: int | None, half: int | None) -> Tensor:
+        if expert is None:
+            return self.reader.get(on_disk)
+        tensor = self.reader.get_entry(on_disk, expert)
+        return tensor if half is None else tensor.chunk(2)[half]
 
     def block(self, index: int) -> dict[str, Tensor]:
         """The tensors of block `index` under their names inside it, float32."""

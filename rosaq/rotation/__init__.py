@@ -1,6 +1,6 @@
 """Orthogonal maps of the activations and how they fold into weights."""
 
-from rosaq.rotation.fuse import BlockRotations, fold_norms, rotate_block, rotate_rows
+from rosaq.rotation.fuse import BlockRotations, fold_norms, rotate_block, rotate_rows, unit_gain
 from rosaq.rotation.hadamard import hadamard, has_hadamard
 from rosaq.rotation.orthogonal import (
     inverse_transpose,
@@ -24,4 +24,5 @@ __all__ = [
     "rotate_blocks",
     "rotate_rows",
     "shared_hadamard_block",
+    "unit_gain",
 ]

@@ -6,7 +6,7 @@ row vectors, x' = x R.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,42 +21,50 @@ _ROWS_AT_ONCE = 8192
 @dataclass(frozen=True)
 class BlockRotations:
     """The rotations of one block. residual [d, d] and values [num_kv_heads, head_dim, head_dim] are float64 and
-    folded; mlp_out [B, b, b] float16 is applied online to the input of the site that reads "hidden". None: identity."""
+    folded, None: identity; online: {site name: [B, b, b] float16}, applied to the site's input when it runs."""
 
     residual: Tensor | None = None
     values: Tensor | None = None
-    mlp_out: Tensor | None = None
+    online: dict[str, Tensor] = field(default_factory=dict)
 
 
 def fold_norms(block: Tensors, family: Family) -> Tensors:
-    """Multiply each norm's gain into the linears behind it and set the gain to one. block: {name: tensor}."""
+    """Multiply each norm's gain into the weights behind it, quantised or kept, and set the gain to one.
+    block: {name: tensor}."""
     out = dict(block)
     for site in family.sites:
         if site.norm:
-            gain = block[f"{site.norm}.weight"].double()
-            for linear in site.linears:
-                out[f"{linear}.weight"] = (block[f"{linear}.weight"].double() * gain).float()
-            out[f"{site.norm}.weight"] = torch.ones_like(block[f"{site.norm}.weight"])
+            gain = block[f"{site.norm}.weight"].double() + family.gain_offset
+            for reader in site.linears + site.kept:
+                out[f"{reader}.weight"] = (block[f"{reader}.weight"].double() * gain).float()
+            out[f"{site.norm}.weight"] = unit_gain(block[f"{site.norm}.weight"], family)
     return out
+
+
+def unit_gain(weight: Tensor, family: Family) -> Tensor:
+    """The weight of a norm of the shape of `weight` that multiplies by one."""
+    return torch.full_like(weight, 1 - family.gain_offset)
 
 
 def rotate_block(block: Tensors, rotations: BlockRotations, family: Family, sizes: Sizes) -> Tensors:
     """Rotate a block whose norms are folded. Returns new float32 tensors; `block` is not changed."""
-    wide = {name: tensor.double() for name, tensor in block.items() if name.rpartition(".")[0] in family.linears}
+    turned = {*family.linears, *(reader for site in family.sites for reader in site.kept)}
+    wide = {name: tensor.double() for name, tensor in block.items() if name.rpartition(".")[0] in turned}
     if rotations.residual is not None:
-        for site in family.sites:
-            if site.reads == "residual":
-                for linear in site.linears:
-                    wide[f"{linear}.weight"] = wide[f"{linear}.weight"] @ rotations.residual
+        for site in family.sites_reading("residual"):
+            for reader in site.linears + site.kept:
+                wide[f"{reader}.weight"] = wide[f"{reader}.weight"] @ rotations.residual
         for linear in family.writers:
             wide[f"{linear}.weight"] = rotations.residual.T @ wide[f"{linear}.weight"]
             if f"{linear}.bias" in wide:
                 wide[f"{linear}.bias"] = wide[f"{linear}.bias"] @ rotations.residual
     if rotations.values is not None:
         _rotate_values(wide, rotations.values, family, sizes)
-    if rotations.mlp_out is not None:
-        for linear in family.site_reading("hidden").linears:
-            wide[f"{linear}.weight"] = rotate_blocks(wide[f"{linear}.weight"], inverse_transpose(rotations.mlp_out))
+    for site in family.sites:
+        if site.name in rotations.online:
+            back = inverse_transpose(rotations.online[site.name])
+            for linear in site.linears:
+                wide[f"{linear}.weight"] = rotate_blocks(wide[f"{linear}.weight"], back)
     return {name: wide[name].float() if name in wide else tensor for name, tensor in block.items()}
 
 
@@ -69,8 +77,9 @@ def _rotate_values(wide: Tensors, rotation: Tensor, family: Family, sizes: Sizes
         bias = wide[f"{family.value}.bias"].unflatten(0, heads)
         wide[f"{family.value}.bias"] = torch.einsum("hi,hij->hj", bias, rotation).flatten()
     per_head = rotation.repeat_interleave(sizes.num_heads // sizes.num_kv_heads, dim=0)  # grouped queries share it
-    for linear in family.site_reading("values").linears:
-        wide[f"{linear}.weight"] = rotate_blocks(wide[f"{linear}.weight"], per_head)
+    for site in family.sites_reading("values"):
+        for linear in site.linears:
+            wide[f"{linear}.weight"] = rotate_blocks(wide[f"{linear}.weight"], per_head)
 
 
 def rotate_rows(rows: Tensor, residual: Tensor | None, gain: Tensor | None = None) -> Tensor:

@@ -46,18 +46,27 @@ class TuningTokens:
 
 
 class TunedBlock:
-    """The trainable tensors of one block. gains: the norms' weights by name; others: tensors that stay as they are."""
+    """The trainable tensors of one block. gains: the norms' weights by name, which multiply by gain_offset + weight;
+    others: tensors that stay as they are."""
 
-    def __init__(self, linears: dict[str, TunedLinear], gains: Tensors, others: Tensors, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        linears: dict[str, TunedLinear],
+        gains: Tensors,
+        others: Tensors,
+        dtype: torch.dtype,
+        *,
+        gain_offset: float = 0.0,
+    ) -> None:
         self.linears, self._others, self._dtype = linears, others, dtype
-        self._gains = gains
+        self._gains, self._offset = gains, gain_offset
         self._stretch = {name: torch.zeros_like(gain).requires_grad_() for name, gain in gains.items()}
 
     def gains(self) -> Tensors:
         """The norms' weights, as stored in 16 bits, float32."""
         result: Tensors = {}
         for name, gain in self._gains.items():
-            wanted = gain * (1 + self._stretch[name])
+            wanted = gain + (self._offset + gain) * self._stretch[name]
             result[name] = wanted + (wanted.detach().to(self._dtype).float() - wanted.detach())
         return result
 

@@ -1,0 +1,112 @@
+"""Second moments of the inputs of a block's sites, from forward passes through the block."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from rosaq.calibrate import BlockModel, Gram, SiteInput, Tokens
+from rosaq.models import Site
+from rosaq.rotation import BlockRotations, rotate_blocks
+from rosaq.specs import ImportanceSpec
+
+Tensors = dict[str, Tensor]
+_NAMED = 8  # experts that a warning lists
+
+
+class SiteMoments:
+    """`grams`: {site name: second moments [k, k] of its input in the online basis}, for the sites measured so far.
+
+    An expert's are those of the tokens routed to it. One that no token of positive importance reached is measured on
+    every token of the block instead, as if the router had sent them; that, and experts with fewer tokens than input
+    channels, whose second moments are singular before damping, are told in a warning.
+    """
+
+    def __init__(self, model: BlockModel, index: int, rotations: BlockRotations, importance: ImportanceSpec) -> None:
+        self._model, self._index, self._rotations = model, index, rotations
+        self._listening = importance.sites
+        self._counts: dict[str, int] = {}
+        self.grams: dict[str, Tensor] = {}
+
+    def measure(
+        self,
+        weights: Tensors,
+        stream: list[Tensor],
+        importance: list[Tensor | None],
+        sites: Sequence[Site],
+        *,
+        to_the_end: bool = False,
+    ) -> list[Tensor]:
+        """Measure `sites` in one pass of the block with `weights` over `stream`; with `to_the_end` the pass goes on
+        after the last of them and the block's outputs are returned, else nothing is."""
+        grams, outputs = self._pass(weights, stream, importance, sites, stop=not to_the_end)
+        unseen = [site for site in sites if not grams[site.name].has_tokens]
+        if unseen and all(site.expert is not None for site in unseen):
+            grams |= self._pass(weights, stream, importance, unseen, route_all=True)[0]
+        self.grams |= {name: gram.mean() for name, gram in grams.items()}
+        self._warn(sites, unseen)
+        return outputs
+
+    def expert_tokens(self) -> list[int] | None:
+        """Tokens routed to each expert; None where the block has no mixture or nothing was measured."""
+        first = [site for site in self._model.family.sites_reading("residual") if site.expert is not None]
+        return [self._counts.get(site.name, 0) for site in first] if first and self.grams else None
+
+    def _pass(
+        self,
+        weights: Tensors,
+        stream: list[Tensor],
+        importance: list[Tensor | None],
+        sites: Sequence[Site],
+        *,
+        stop: bool = True,
+        route_all: bool = False,
+    ) -> tuple[dict[str, Gram], list[Tensor]]:
+        grams = {site.name: Gram(weights[f"{site.linears[0]}.weight"].shape[1]) for site in sites}
+        outputs: list[Tensor] = []
+        for hidden, weight in zip(stream, importance, strict=True):
+            found, out = self._model.inputs_of(self._index, weights, hidden, sites, stop=stop, route_all=route_all)
+            if not stop:
+                assert out is not None
+                outputs.append(out)
+            for site in sites:
+                if site.name in found:
+                    if not route_all:
+                        self._counts[site.name] = self._counts.get(site.name, 0) + len(found[site.name].x)
+                    self._add(grams[site.name], site, found[site.name], weight)
+        return grams, outputs
+
+    def _add(self, gram: Gram, site: Site, given: SiteInput, weight: Tensor | None) -> None:
+        x = given.x
+        if site.name in self._rotations.online:
+            x = rotate_blocks(x, self._rotations.online[site.name])
+        listens = weight is not None and (not self._listening or site.stage in self._listening)
+        try:
+            gram.add_tokens(Tokens(x, given.of_tokens(weight) if listens and weight is not None else None))
+        except ValueError as error:
+            raise ValueError(f"{self._name}{site.linears[0]}: {error}") from error
+
+    @property
+    def _name(self) -> str:
+        return self._model.family.block_prefix(self._index)
+
+    def _warn(self, sites: Sequence[Site], unseen: Sequence[Site]) -> None:
+        """Once for each stage of experts: which of them saw too few tokens to know their inputs by."""
+        firsts = [site for site in sites if site.expert is not None and site.reads == "residual"]
+        sizes = self._model.linear_sizes()
+        few = [site for site in firsts if self._counts.get(site.name, 0) < sizes[site.linears[0]][0]]
+        if not few:
+            return
+        named = ", ".join(f"{site.expert} ({self._counts.get(site.name, 0)})" for site in few[:_NAMED])
+        more = f" and {len(few) - _NAMED} more" if len(few) > _NAMED else ""
+        alone = sum(site.reads == "residual" for site in unseen)
+        rest = f"; {alone} of them saw none and are measured on every token" if alone else ""
+        warnings.warn(
+            f"{self._name[:-1]}: got fewer tokens than their {sizes[few[0].linears[0]][0]} input channels for "
+            f"{len(few)} of {len(firsts)} experts: {named}{more}{rest}; need more calibration text (num_sequences, "
+            "sequence_length) to measure them well",
+            UserWarning,
+            stacklevel=2,
+        )
