@@ -20,16 +20,17 @@ from rich.console import Console
 
 import rosaq
 from rosaq.checkpoint import bits_per_weight, read_config, total_bytes
+from rosaq.cli_eval import eval_command
+from rosaq.cli_options import Documents, JsonFile
 from rosaq.demo import run_demo
 from rosaq.doctor import diagnose, lines
-from rosaq.evaluation import continue_text, evaluate
+from rosaq.evaluation import continue_text
 from rosaq.recipes import preset_of
 from rosaq.report.inspect import linears_by_kind, read_layers
 from rosaq.report.progress import count_progress, quantize_progress
 from rosaq.report.record import write_record
 from rosaq.report.tables import (
     config_table,
-    eval_table,
     format_bytes,
     kinds_table,
     layers_table,
@@ -46,9 +47,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write request, result and environment here.")]
-Documents = Annotated[str | None, typer.Option(help="START:STOP, the part of the documents to use.")]
 
 
 @app.command()
@@ -105,31 +103,7 @@ def _calibration(path: Path | None, documents: str | None) -> list[str]:
     return select_documents(read_text(path) if path else builtin_text("calibration"), documents)
 
 
-@app.command("eval")
-def eval_command(
-    model: Annotated[str, typer.Argument(help="A directory (dense or rosaq) or a hub id.")],
-    text: Annotated[Path | None, typer.Option(help="Text or JSON lines. Default: built-in prose.")] = None,
-    documents: Documents = None,
-    context: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
-    windows: Annotated[int, typer.Option(help="Windows, one after the other.")] = 20,
-    reference: Annotated[str | None, typer.Option(help="Model to compare distributions with.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    json_file: JsonFile = None,
-) -> None:
-    """Measure perplexity, and the KL divergence to a reference model."""
-    request: dict[str, Any] = {
-        "text": text,
-        "documents": documents,
-        "context": context,
-        "windows": windows,
-        "reference": reference,
-        "dtype": dtype,
-    }
-    with count_progress("evaluating", "windows") as progress:
-        result = evaluate(model, progress=progress, **request)
-    Console().print(eval_table([result.to_dict()]))
-    if json_file:
-        write_record(json_file, "eval", request | {"model": model}, result.to_dict())
+app.command("eval")(eval_command)
 
 
 @app.command()

@@ -34,6 +34,9 @@ class ByteTokenizer:
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": list(text.encode("utf-8"))}
 
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     """A real fast tokenizer of 256 byte symbols and an end-of-text token; no merges, so it needs no training."""

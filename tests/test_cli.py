@@ -74,6 +74,21 @@ def test_quantize_then_eval_inspect_and_generate(capsys, tmp_path, dense, text, 
     assert stdout.startswith("The")
 
 
+def test_eval_of_several_contexts_with_positions_and_passkeys(capsys, tmp_path, dense, text):
+    record = tmp_path / "eval.json"
+    contexts = ["--context", "16", "--context", "70", "--windows", "2", "--positions"]
+    evaluation = ["eval", dense, "--reference", dense, "--text", text, *contexts, "--passkey", "260,300"]
+    code, stdout, stderr = run(capsys, *evaluation, "--json", record)
+    assert code == 0, stderr
+    for heading in ("context", "bits/B", "tokens before", "retrieved"):
+        assert heading in stdout
+    values = json.loads(record.read_text())
+    assert [row["context"] for row in values["result"]] == values["request"]["context"] == [16, 70]
+    assert [row["start"] for row in values["result"][1]["by_position"]] == [1, 32, 64]
+    assert [row["length"] for row in values["passkey"]] == [260, 300]
+    assert "tasks" not in values
+
+
 def test_verify_tells_sound_from_unsound(capsys, tmp_path, quantised):
     code, stdout, stderr = run(capsys, "verify", quantised, "--json", tmp_path / "verify.json")
     assert (code, stdout.rstrip().splitlines()[-1]) == (0, "sound"), stderr
@@ -166,6 +181,13 @@ def bad_requests():
         "already quantised": (["quantize", "{quantised}", "-o", "{new}", *FAST], "quantised"),
         "too little text": (["eval", "{dense}", "--text", "{text}", "--windows", "9999"], "text: got"),
         "context": (["eval", "{dense}", "--context", "1"], "context: got 1, need at least 2"),
+        "late context": (
+            ["eval", "{dense}", "--context", "16", "--context", "9999"],
+            "context: got 9999, need at most",
+        ),
+        "passkey": (["eval", "{dense}", "--passkey", "2k"], "passkey: got '2k', need lengths in tokens"),
+        "long passkey": (["eval", "{dense}", "--passkey", "260,9999"], "passkey: got 9999, need at most"),
+        "no tasks": (["eval", "{dense}", "--tasks", ","], "tasks: got [], need a list of names"),
         "dtype": (["eval", "{dense}", "--dtype", "int8"], "dtype: got 'int8'"),
         "new tokens": (["generate", "{dense}", "x", "--max-new-tokens", "0"], "max_new_tokens: got 0"),
         "temperature": (["generate", "{dense}", "x", "--temperature", "-1"], "temperature: got -1"),

@@ -1,7 +1,26 @@
-"""How good a model is: perplexity on a text, and how far its next-token distribution is from a reference model's."""
+"""How good a model is: perplexity and distance from a reference on a text, tasks, retrieval from long contexts."""
 
 from rosaq.evaluation.generate import continue_text
-from rosaq.evaluation.metrics import Tally
-from rosaq.evaluation.score import EvalResult, evaluate, load_model, load_tokenizer
+from rosaq.evaluation.metrics import PositionTally, Tally, TallyRow
+from rosaq.evaluation.passkey import PasskeyResult, find_passkeys
+from rosaq.evaluation.score import EvalResult, evaluate
+from rosaq.evaluation.subject import Subject, load_model, load_subject, load_tokenizer
+from rosaq.evaluation.tasks import TaskResult, check_tasks, run_tasks
 
-__all__ = ["EvalResult", "Tally", "continue_text", "evaluate", "load_model", "load_tokenizer"]
+__all__ = [
+    "EvalResult",
+    "PasskeyResult",
+    "PositionTally",
+    "Subject",
+    "Tally",
+    "TallyRow",
+    "TaskResult",
+    "check_tasks",
+    "continue_text",
+    "evaluate",
+    "find_passkeys",
+    "load_model",
+    "load_subject",
+    "load_tokenizer",
+    "run_tasks",
+]

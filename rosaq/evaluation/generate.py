@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rosaq.evaluation.score import load_model, load_tokenizer
+from rosaq.evaluation.subject import load_model, load_tokenizer
 
 
 def continue_text(

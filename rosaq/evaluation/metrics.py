@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch.nn import functional
 
 # Rows of logits that are worked on at once: 64 x 151,936 float32 values are 39 MB, whatever the window's length.
 CHUNK_ROWS = 64
+# Tokens that see fewer than this many before them are one row: the first few differ from each other by chance only.
+FIRST_RANGE = 32
 
 
 class Tally:
@@ -54,6 +58,22 @@ class Tally:
         self._kl.append(kl.clamp_min(0).cpu())
         self._num_agreeing += int((logits.argmax(-1) == reference.argmax(-1)).sum())
 
+    @classmethod
+    def merged(cls, parts: Iterable[Tally]) -> Tally:
+        """The tally of everything that was added to `parts`."""
+        whole = cls()
+        for part in parts:
+            whole.num_tokens += part.num_tokens
+            whole._nll_sum += part._nll_sum
+            whole._kl += part._kl
+            whole._num_agreeing += part._num_agreeing
+        return whole
+
+    @property
+    def bits(self) -> float:
+        """The summed negative log likelihood in bits."""
+        return self._nll_sum / math.log(2)
+
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log likelihood; inf where that overflows."""
@@ -74,3 +94,50 @@ class Tally:
     def top1_agreement(self) -> float | None:
         """Share of tokens whose most likely next token is the reference's; None without a reference."""
         return self._num_agreeing / self.num_tokens if self._kl else None
+
+
+@dataclass(frozen=True)
+class TallyRow:
+    """The tokens of all windows that see at least `start` and fewer than `stop` tokens before them."""
+
+    start: int
+    stop: int
+    tokens: int
+    ppl: float
+    kl: float | None
+    kl_p99: float | None
+    top1_agreement: float | None
+
+
+class PositionTally:
+    """A tally for each range of context lengths, [1, 32), [32, 64), [64, 128) ... up to the window's length.
+
+    What a model loses over long context shows in the last rows, where the mean over a window hides it.
+    """
+
+    def __init__(self, context: int) -> None:
+        starts, stop = [1], FIRST_RANGE
+        while stop < context:
+            starts.append(stop)
+            stop *= 2
+        self._ranges = list(zip(starts, [*starts[1:], context], strict=True))
+        self._tallies = [Tally() for _ in self._ranges]
+
+    def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> None:
+        """Add a whole window: logits and reference [context - 1, vocab], targets [context - 1] int64."""
+        if len(targets) != self._ranges[-1][1] - 1:
+            raise ValueError(f"targets: got {len(targets)}, need {self._ranges[-1][1] - 1}, a whole window's")
+        for (start, stop), tally in zip(self._ranges, self._tallies, strict=True):
+            rows = slice(start - 1, stop - 1)  # row i predicts from i + 1 tokens
+            tally.add(logits[rows], targets[rows], None if reference is None else reference[rows])
+
+    def total(self) -> Tally:
+        """Over all positions."""
+        return Tally.merged(self._tallies)
+
+    def rows(self) -> list[TallyRow]:
+        """One for each range, shortest context first."""
+        return [
+            TallyRow(*bounds, t.num_tokens, t.perplexity, t.kl_mean, t.kl_p99, t.top1_agreement)
+            for bounds, t in zip(self._ranges, self._tallies, strict=True)
+        ]

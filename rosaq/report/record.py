@@ -65,13 +65,20 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_record(path: str | Path, command: str, request: dict[str, Any], result: dict[str, Any]) -> None:
-    """Write {command, time (UTC), request, result, environment} to `path`."""
+def write_record(
+    path: str | Path,
+    command: str,
+    request: dict[str, Any],
+    result: dict[str, Any] | list[dict[str, Any]],
+    **others: Any,
+) -> None:
+    """Write {command, time (UTC), request, result, `others`, environment} to `path`."""
     record = {
         "command": command,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "request": request,
         "result": result,
+        **others,
         "environment": environment(),
     }
     path = Path(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -33,34 +33,105 @@ def format_number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
+# The columns that an evaluation and a range of its positions share.
+_SCORES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "ppl": lambda row: f"{row['ppl']:.2f}",
+    "mean KL": lambda row: format_number(row["kl"], ".4f"),
+    "KL p99": lambda row: format_number(row["kl_p99"], ".3f"),
+    "top-1": lambda row: format_number(row["top1_agreement"], ".1%"),
+}
+
+
 def eval_table(results: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None) -> Table:
-    """One row per evaluated model; `results` are `EvalResult.to_dict()` (optionally with "quantize_seconds")."""
+    """One row per evaluation; `results` are `EvalResult.to_dict()` (optionally with "quantize_seconds").
+
+    A column tells the context where it is not the same for all of them.
+    """
     first = results[0]
     text = first["text"] + (f"[{first['documents']}]" if first["documents"] else "")
-    caption = (
-        f"text {text}, {first['windows']} windows of {first['context']} tokens, no overlap, no BOS, {first['dtype']}"
-    )
+    contexts = sorted({result["context"] for result in results})
+    length = f"{contexts[0]}" if len(contexts) == 1 else "each context's"
+    caption = f"text {text}, {first['windows']} windows of {length} tokens, no overlap, no BOS, {first['dtype']}"
     references = sorted({result["reference"] for result in results if result["reference"]})
     if references:
         caption += f"\nKL and top-1 against {', '.join(references)}"
     table = _rows(caption)
     table.add_column("model", overflow="fold", min_width=12)
-    quantised = any("quantize_seconds" in result for result in results)
-    columns = ["bits/w", "size", "ppl", "mean KL", "KL p99", "top-1", "eval s"]
-    for column in [*columns, "quant s"] if quantised else columns:
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "context": lambda result: str(result["context"]),
+        "bits/w": lambda result: f"{result['bits_per_weight']:.2f}",
+        "size": lambda result: format_bytes(result["bytes"]),
+        "bits/B": lambda result: f"{result['bits_per_byte']:.3f}",
+        **_SCORES,
+        "eval s": lambda result: f"{result['seconds']:.1f}",
+        "quant s": lambda result: format_number(result.get("quantize_seconds"), ".0f"),
+    }
+    if len(contexts) == 1:
+        del columns["context"]
+    if not any("quantize_seconds" in result for result in results):
+        del columns["quant s"]
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for number, result in enumerate(results):
-        cells = [
-            names[number] if names else result["model"],
-            f"{result['bits_per_weight']:.2f}",
-            format_bytes(result["bytes"]),
-            f"{result['ppl']:.2f}",
-            format_number(result["kl"], ".4f"),
-            format_number(result["kl_p99"], ".3f"),
-            format_number(result["top1_agreement"], ".1%"),
-            f"{result['seconds']:.1f}",
-        ]
-        table.add_row(*cells, *([format_number(result.get("quantize_seconds"), ".0f")] if quantised else []))
+        name = names[number] if names else result["model"]
+        table.add_row(name, *(cell(result) for cell in columns.values()))
+    return table
+
+
+def position_table(result: Mapping[str, Any]) -> Table:
+    """One row per range of context lengths of one evaluation, `EvalResult.to_dict()`."""
+    table = _rows(f"tokens of each window of {result['context']} by the number of tokens before them")
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "tokens before": lambda row: f"{row['start']}-{row['stop'] - 1}",
+        "predicted": lambda row: str(row["tokens"]),
+        **_SCORES,
+    }
+    return _filled(table, columns, result["by_position"])
+
+
+def passkey_table(results: Iterable[Mapping[str, Any]]) -> Table:
+    """One row per length and depth, and one for each length as a whole; `results` are `PasskeyResult.to_dict()`."""
+    table = _rows("retrieved: greedy decoding writes the key; likelier: than random keys, 50 % is chance")
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "tokens": lambda row: str(row["length"]),
+        "depth": lambda row: format_number(row.get("depth"), ".0%").replace("-", "all"),
+        "prompts": lambda row: str(row["prompts"]),
+        "retrieved": lambda row: f"{row['retrieved']:.0%}",
+        "likelier": lambda row: f"{row['decoys_beaten']:.0%}",
+    }
+    rows = [{"length": result["length"], **row} for result in results for row in (*result["by_depth"], _whole(result))]
+    return _filled(table, columns, rows)
+
+
+def _whole(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: result[key] for key in ("prompts", "retrieved", "decoys_beaten")}
+
+
+def tasks_table(results: Iterable[Mapping[str, Any]]) -> Table:
+    """One row per task and metric, without the standard errors' own rows; `results` are `TaskResult.to_dict()`."""
+    table = _rows()
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "task": lambda row: row["task"],
+        "samples": lambda row: str(row["samples"]),
+        "metric": lambda row: row["metric"],
+        "value": lambda row: f"{row['value']:.4f}",
+    }
+    rows = [
+        {"task": result["task"], "samples": result["samples"], "metric": metric, "value": value}
+        for result in results
+        for metric, value in result["metrics"].items()
+        if "_stderr" not in metric
+    ]
+    return _filled(table, columns, rows)
+
+
+def _filled(
+    table: Table, columns: Mapping[str, Callable[[Mapping[str, Any]], str]], rows: Iterable[Mapping[str, Any]]
+) -> Table:
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(cell(row) for cell in columns.values()))
     return table
 
 

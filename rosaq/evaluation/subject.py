@@ -1,0 +1,133 @@
+"""The model that is measured: loaded once, with its tokenizer and what it weighs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rosaq.checkpoint import WeightReader
+from rosaq.linear import RosaqLinear
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded causal language model, and where it came from.
+
+    `source` is the directory or hub id, or the module itself; `given_tokenizer` None means the one saved there.
+    """
+
+    source: str | Path | nn.Module
+    module: nn.Module
+    dtype: str
+    given_tokenizer: Any = None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """ValueError for a module that does not know where it came from."""
+        return self.given_tokenizer if self.given_tokenizer is not None else load_tokenizer(self.source)
+
+    @property
+    def name(self) -> str:
+        """The directory, the hub id, or the class of a module built in memory."""
+        if isinstance(self.source, nn.Module):
+            return str(getattr(self.source, "name_or_path", "") or type(self.source).__name__)
+        return str(self.source)
+
+    def check_length(self, argument: str, tokens: int) -> None:
+        """ValueError where `tokens` are more than the positions that the model was made for."""
+        limit = getattr(getattr(self.module, "config", None), "max_position_embeddings", None)
+        if limit is not None and tokens > limit:
+            raise ValueError(f"{argument}: got {tokens}, need at most {limit}, the positions this model knows")
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor) -> Tensor:
+        """[b, t, vocab] of ids [b, t] int64."""
+        device = next(self.module.parameters()).device
+        logits: Tensor = self.module(input_ids=ids.to(device), use_cache=False).logits
+        return logits
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored per weight of the linears (quantised ones; all but the head of a dense model)."""
+        quantised = [m for m in self.module.modules() if isinstance(m, RosaqLinear)]
+        if quantised:
+            numels = [m.in_features * m.out_features for m in quantised]
+            return sum(m.bits_per_weight * n for m, n in zip(quantised, numels, strict=True)) / sum(numels)
+        head = getattr(self.module, "get_output_embeddings", lambda: None)()
+        dense = {
+            f"{name}.weight": m for name, m in self.module.named_modules() if isinstance(m, nn.Linear) and m is not head
+        }
+        numel = sum(m.weight.numel() for m in dense.values())
+        reader = self._reader()
+        if reader is not None and all(name in reader for name in dense):
+            return 8 * sum(reader.nbytes(name) for name in dense) / max(numel, 1)
+        return 8 * sum(m.weight.nbytes for m in dense.values()) / max(numel, 1)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all the model's tensors, on disk where it was given as a directory."""
+        reader = self._reader()
+        if reader is not None:
+            return sum(reader.nbytes(name) for name in reader.names())
+        return sum(t.nbytes for t in (*self.module.parameters(), *self.module.buffers()))
+
+    def _reader(self) -> WeightReader | None:
+        """The files of a model given as a local directory; None for hub ids and modules."""
+        is_directory = not isinstance(self.source, nn.Module) and Path(self.source).is_dir()
+        return WeightReader(Path(str(self.source))) if is_directory else None
+
+
+Model = str | Path | nn.Module | Subject
+
+
+def load_subject(model: Model, dtype: str = "float32", tokenizer: Any = None) -> Subject:
+    """`model` (directory, hub id or module) loaded and in eval mode; a Subject is returned as it is.
+
+    dtype       of the activations and dense weights of a model given by name: float32, float16 or bfloat16.
+    tokenizer   needed only where `model` is a module that does not know the directory it came from.
+    """
+    if isinstance(model, Subject):
+        return model
+    module = load_model(model, dtype)
+    if isinstance(model, nn.Module):
+        dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+    return Subject(model, module, dtype, tokenizer)
+
+
+def load_model(model: str | Path | nn.Module, dtype: str = "float32") -> nn.Module:
+    """The causal language model in `model` (directory or hub id), in eval mode; a module is returned as it is."""
+    if isinstance(model, nn.Module):
+        return model.eval()
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, need one of {DTYPES}")
+    _check_name(model)
+    from transformers import AutoModelForCausalLM
+
+    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    return loaded.eval()
+
+
+def load_tokenizer(model: str | Path | nn.Module) -> Any:
+    """The tokenizer saved with `model`; ValueError for a module that does not know where it came from."""
+    name = getattr(model, "name_or_path", "") if isinstance(model, nn.Module) else model
+    if not name:
+        raise ValueError("tokenizer: got none for a model built in memory, need one")
+    _check_name(name)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _check_name(name: str | Path) -> None:
+    """A path that is not there would be looked up on the hub, with an error that sends people the wrong way."""
+    text = str(name)
+    is_hub_id = isinstance(name, str) and text.count("/") <= 1 and not text.startswith((".", "/", "~"))
+    if not Path(name).is_dir() and not is_hub_id:
+        raise FileNotFoundError(f"model: got {text!r}, which is no directory, need a model directory or a hub id")
