@@ -116,8 +116,9 @@ def test_a_token_does_not_depend_on_its_batch(x_dtype: str, isa: str) -> None:  
     assert torch.equal(linear.run(many)[:100], linear.run(many[:100]))
 
 
-def test_one_token_gives_the_same_bits_on_every_isa(restore_isa: None) -> None:  # noqa: ARG001
-    linear, x, results = make_linear(40, 384, 3, 64, symmetric=False), make_x(2, 384), []
+@pytest.mark.parametrize(("m", "x_dtype"), [(2, "float32"), (2, "bfloat16"), (50, "bfloat16"), (400, "bfloat16")])
+def test_integer_loops_give_the_same_bits_on_every_isa(m: int, x_dtype: str, restore_isa: None) -> None:  # noqa: ARG001
+    linear, x, results = make_linear(40, 384, 3, 64, symmetric=False), make_x(m, 384, x_dtype), []
     for name in _C.available_isas()[1:]:  # portable has no integer path
         _C.set_isa(name)
         results.append(linear.run(x))
@@ -226,6 +227,31 @@ def test_environment_variable_chooses_the_precision(name: str) -> None:
     env = os.environ | {"ROSAQ_CPU_PRECISION": name}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == name
+
+
+@pytest.mark.parametrize("isa", _C.available_isas()[1:])  # portable has no integer path
+def test_many_bfloat16_tokens_give_the_bits_of_each_alone(isa: str, restore_isa: None) -> None:  # noqa: ARG001
+    """Two units of tokens of different lengths, the last tile filled up, an odd number of panels, every feature."""
+    _C.set_isa(isa)
+    linear = make_linear(40, 384, 4, 32, symmetric=False)
+    linear.extras |= {"salient_weight": torch.randn(40, 37).half(), "salient_basis": torch.randn(384, 37).half()}
+    x = make_x(400, 384, "bfloat16")
+    x[7], x[399, 3] = 0, float("nan")
+    y = linear.run(x)
+    for row in (0, 7, 203, 204, 207, 398):
+        assert torch.equal(y[row : row + 1], linear.run(x[row : row + 1])), row
+    assert y[:399].isfinite().all()
+    assert y[399].isnan().all()
+
+
+def test_many_bfloat16_tokens_with_extreme_zero_points_are_exact(isa: str) -> None:  # noqa: ARG001
+    """code - zero down to -255 times 15 bits of 128 channels: the largest sum that 32 bits must hold."""
+    linear, x = make_linear(16, 128, 4, 128, symmetric=False), torch.zeros(64, 128, dtype=torch.bfloat16)
+    linear.qweight.zero_()
+    linear.zeros.fill_(255)
+    linear.scales.fill_(0.5)
+    x[:] = 127.5  # 127.5 * 256 is the largest integer of two digits that 8 bits of mantissa give
+    assert torch.equal(linear.run(x), torch.full((64, 16), -255 * 0.5 * 127.5 * 128, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("x_dtype", ["float16", "bfloat16"])

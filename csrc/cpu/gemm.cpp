@@ -19,8 +19,13 @@ int num_digits(const FusedGemmArgs& a) {
     return a.x.dtype == DType::kBFloat16 ? 2 : a.x.dtype == DType::kFloat16 ? 3 : 4;
 }
 
-bool streams(const FusedGemmArgs& a, const KernelTable& kernels) {
-    return kernels.stream_gemm != nullptr && a.m <= kernels.stream_limits.tokens[num_digits(a) - 1];
+enum class Loop { kStream, kWords, kBlock };
+
+Loop choose_loop(const FusedGemmArgs& a, const KernelTable& kernels) {
+    const int digits = num_digits(a);
+    if (kernels.stream_gemm != nullptr && a.m <= kernels.stream_limits.tokens[digits - 1])
+        return Loop::kStream;
+    return kernels.word_gemm != nullptr && digits == 2 ? Loop::kWords : Loop::kBlock;
 }
 
 int64_t padded_tokens(int64_t m, int64_t tile_rows) {
@@ -28,7 +33,7 @@ int64_t padded_tokens(int64_t m, int64_t tile_rows) {
 }
 
 struct Workspace {
-    int64_t t, rotated, s, planes, offsets, units, total;  // byte offsets
+    int64_t t, rotated, s, integers, offsets, units, total;  // byte offsets
 };
 
 Workspace plan(const FusedGemmArgs& a) {
@@ -40,13 +45,16 @@ Workspace plan(const FusedGemmArgs& a) {
     };
     const int64_t k = a.weight.k, chunks = k / chunk_k(a.weight.group_size);
     const KernelTable& kernels = active_kernels();
-    const int64_t digits = streams(a, kernels) ? num_digits(a) : 0;
+    const Loop loop = choose_loop(a, kernels);
     w.t = take(a.m * padded(k) * 4);
     w.rotated = take(a.rotation_size ? a.m * padded(k) * 4 : 0);
     w.s = take(a.r ? a.m * padded(a.r) * 4 : 0);
-    const int64_t tokens = digits ? padded_tokens(a.m, kernels.tile_rows[digits - 1]) : 0;
-    w.planes = take(tokens * k * digits);
-    w.offsets = take(tokens * chunks * digit_parts(static_cast<int>(digits)) * 4);
+    if (loop == Loop::kBlock) return w;
+    const int digits = num_digits(a);
+    const int64_t tile_rows = loop == Loop::kWords ? kernels.word_tile_rows : kernels.tile_rows[digits - 1];
+    const int64_t tokens = padded_tokens(a.m, tile_rows);
+    w.integers = take(tokens * k * digits);
+    w.offsets = take(loop == Loop::kStream ? tokens * chunks * digit_parts(digits) * 4 : 0);
     w.units = take(tokens * chunks * 4);
     return w;
 }
@@ -83,18 +91,37 @@ struct Steps {
             for (int64_t j = 0; j < args.r; ++j) s[row * lds + j] = t[row * ldt + args.salient_index[j]];
     }
 
-    void main_loop(MainLoop& p) const {
+    void block(const MainLoop& p) const {
+        parallel(ceil_div(args.weight.layout.num_panels, kernels.block_panels), 1,
+                 [&](int64_t begin, int64_t end) { kernels.block_gemm(p, begin, end); });
+    }
+
+    void stream(MainLoop& p, char* base, const Workspace& at) const {
         const PackedWeight& w = args.weight;
-        if (p.digits.num_digits == 0) {
-            parallel(ceil_div(w.layout.num_panels, kernels.block_panels), 1,
-                     [&](int64_t begin, int64_t end) { kernels.block_gemm(p, begin, end); });
-            return;
-        }
+        const int digits = num_digits(args);
+        p.digits = {digits,
+                    kernels.tile_rows[digits - 1],
+                    reinterpret_cast<int8_t*>(base + at.integers),
+                    reinterpret_cast<int32_t*>(base + at.offsets),
+                    reinterpret_cast<float*>(base + at.units),
+                    w.symmetric ? 1 << (w.bits - 1) : 1};
         parallel(padded_tokens(args.m, p.digits.tile_rows), grain(w.k), [&](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row) kernels.make_digits(p, row);
         });
         parallel(w.layout.num_panels, grain(w.k * kPanelRows),
                  [&](int64_t begin, int64_t end) { kernels.stream_gemm(p, begin, end); });
+    }
+
+    void words(MainLoop& p, char* base, const Workspace& at) const {
+        const PackedWeight& w = args.weight;
+        p.words = {padded_tokens(args.m, kernels.word_tile_rows), kernels.word_tile_rows,
+                   reinterpret_cast<int16_t*>(base + at.integers), reinterpret_cast<float*>(base + at.units)};
+        parallel(p.words.tokens, grain(w.k), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) kernels.make_words(p, row);
+        });
+        const int64_t tokens = word_unit_tokens(args.m, kernels.word_tile_rows);
+        parallel(ceil_div(w.n, kernels.word_cols) * ceil_div(args.m, tokens), 1,
+                 [&](int64_t begin, int64_t end) { kernels.word_gemm(p, begin, end); });
     }
 };
 
@@ -129,16 +156,14 @@ void fused_gemm(const FusedGemmArgs& args, void* workspace, const Parallel& para
         p.lds = padded(args.r);
         steps.project(t, ldt, s, p.lds);
     }
-    if (streams(args, steps.kernels)) {
-        const int digits = num_digits(args);
-        p.digits = {digits,
-                    steps.kernels.tile_rows[digits - 1],
-                    reinterpret_cast<int8_t*>(base + plan_.planes),
-                    reinterpret_cast<int32_t*>(base + plan_.offsets),
-                    reinterpret_cast<float*>(base + plan_.units),
-                    args.weight.symmetric ? 1 << (args.weight.bits - 1) : 1};
+    switch (choose_loop(args, steps.kernels)) {
+        case Loop::kStream:
+            return steps.stream(p, base, plan_);
+        case Loop::kWords:
+            return steps.words(p, base, plan_);
+        case Loop::kBlock:
+            return steps.block(p);
     }
-    steps.main_loop(p);
 }
 
 }  // namespace rosaq::cpu

@@ -4,6 +4,7 @@
 #include "block.h"
 #include "prepare.h"
 #include "stream.h"
+#include "words.h"
 
 namespace rosaq::cpu {
 namespace {
@@ -22,6 +23,10 @@ constexpr KernelTable kernel_table(const char* name, StreamLimits stream_limits)
         for (int d = 0; d < kMaxDigits; ++d) table.tile_rows[d] = tile_rows<S>(d + 1);
         table.make_digits = make_digits<S>;
         table.stream_gemm = stream_gemm<S>;
+        table.word_cols = kTileCols<S>;
+        table.word_tile_rows = S::kWordRows;
+        table.make_words = make_words<S>;
+        table.word_gemm = word_gemm<S>;
     }
     return table;
 }

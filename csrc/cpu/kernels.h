@@ -33,12 +33,35 @@ struct Digits {
     int32_t fixed_zero = 1;  // the zero point if all groups share it, else 1
 };
 
+// t as 16-bit integers: per row and chunk c,  t = units[c] * value. Tiles as in Digits, chunks outermost.
+struct Words {
+    int64_t tokens = 0;         // with those that fill the last tile up
+    int64_t tile_rows = 0;      // tokens per tile
+    int16_t* values = nullptr;  // per chunk and tile [chunk / 32, tokens, 32]
+    float* units = nullptr;     // [k / chunk, tokens]; as those of Digits
+};
+
 // Tokens of a tile that begins `left` tokens before the end: a power of two where they do not fill a whole
 // one. Every size is an instance of the kernel, and there should be few.
 static constexpr int64_t tile_size(int64_t left, int64_t tile_rows) {
     int64_t size = 1;
     while (size < left && size < tile_rows) size *= 2;
     return size < tile_rows ? size : tile_rows;
+}
+
+// 192 took 1.05 times as long at 256 tokens, 768 as long as this.
+constexpr int64_t kWordTokens = 384;
+
+// At most kWordTokens tokens (a multiple of tile_rows), and as equal shares of m as whole tiles allow:
+// threads get as many units each.
+static constexpr int64_t word_unit_tokens(int64_t m, int64_t tile_rows) {
+    return round_up(ceil_div(m, ceil_div(m, kWordTokens)), tile_rows);
+}
+
+static constexpr int largest_power_below(int n) {
+    int power = 1;
+    while (power * 2 < n) power *= 2;
+    return power;
 }
 
 // Sums of up to two digits fit 32 bits together; three and four digits are kept as a high and a low part.
@@ -65,9 +88,12 @@ struct MainLoop {
     const float* s = nullptr;
     int64_t lds = 0;
     Digits digits;
+    Words words;
 };
 
-// The largest m for which stream_gemm beats block_gemm, measured, by the number of digits (1 to 4).
+// The largest m for which stream_gemm beats what comes after it (word_gemm for two digits, else block_gemm),
+// by the number of digits (1 to 4). Measured on Zen 4 with 2048 x 2048 and one thread; the kernels_<isa>.cpp
+// have it.
 struct StreamLimits {
     int64_t tokens[kMaxDigits];
 };
@@ -88,6 +114,12 @@ struct KernelTable {
     int64_t tile_rows[kMaxDigits];  // tokens per tile, by the number of digits
     void (*make_digits)(const MainLoop& p, int64_t row);
     void (*stream_gemm)(const MainLoop& p, int64_t panel_begin, int64_t panel_end);
+
+    // Many tokens whose activations fit 16 bits (two digits). Unit: word_cols rows of W for word_unit_tokens
+    // of the tokens, all rows of W before the next tokens.
+    int64_t word_cols, word_tile_rows;
+    void (*make_words)(const MainLoop& p, int64_t row);
+    void (*word_gemm)(const MainLoop& p, int64_t unit_begin, int64_t unit_end);
 };
 
 extern const KernelTable kPortableKernels;

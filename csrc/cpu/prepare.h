@@ -52,9 +52,9 @@ struct DigitRow {
     float* unit;
 };
 
-// One chunk as integers cut into balanced digits (-128..127).
+// That of one chunk; scale 0 for a chunk of zeros (unit 0) and for one that is not finite (unit NaN).
 template <class S, int kDigits>
-void chunk_digits(const float* t, int64_t chunk, int32_t fixed_zero, const DigitRow& out) {
+__attribute__((always_inline)) inline Fixed fixed_of_chunk(const float* t, int64_t chunk) {
     using I = typename S::I;
     // As integers the magnitudes of floats keep their order, with infinity and NaN on top.
     I largest = S::zero_i();
@@ -62,9 +62,17 @@ void chunk_digits(const float* t, int64_t chunk, int32_t fixed_zero, const Digit
     for (int64_t i = 0; i < chunk; i += S::kLanes)
         largest = S::max_i(largest, S::and_i(S::bits_of(S::load_f(t + i)), magnitude_mask));
     const int32_t magnitude = S::largest_i(largest), biased = magnitude >> 23;
-    const bool skip = biased == 255 || biased < kSmallestExponent;
-    const Fixed fixed = skip ? Fixed{0.0f, biased == 255 ? float_from_bits(0x7fc00000u) : 0.0f}
-                             : fixed_point<kDigits>(magnitude);
+    if (biased == 255) return {0.0f, float_from_bits(0x7fc00000u)};
+    if (biased < kSmallestExponent) return {0.0f, 0.0f};
+    return fixed_point<kDigits>(magnitude);
+}
+
+// One chunk as integers cut into balanced digits (-128..127).
+template <class S, int kDigits>
+void chunk_digits(const float* t, int64_t chunk, int32_t fixed_zero, const DigitRow& out) {
+    using I = typename S::I;
+    const Fixed fixed = fixed_of_chunk<S, kDigits>(t, chunk);
+    const bool skip = fixed.scale == 0.0f;  // an infinity times 0 is no integer
     *out.unit = fixed.unit;
     const auto scale = S::set_f(fixed.scale);
     I sum[kDigits];
@@ -128,6 +136,27 @@ void make_digits(const MainLoop& p, int64_t row) {
             return digit_row<S, 3>(p, row);
         default:
             return digit_row<S, 4>(p, row);
+    }
+}
+
+// One token as 16-bit words, the integers of two digits.
+template <class S>
+void make_words(const MainLoop& p, int64_t row) {
+    const PackedWeight& w = p.args->weight;
+    const Words& words = p.words;
+    const int64_t chunk = chunk_k(w.group_size), row0 = row / words.tile_rows * words.tile_rows;
+    const int64_t rows = tile_size(p.args->m - row0, words.tile_rows);
+    for (int64_t k0 = 0; k0 < w.k; k0 += chunk) {
+        const float* t = p.t + row * p.ldt + k0;
+        const Fixed fixed = row < p.args->m ? fixed_of_chunk<S, 2>(t, chunk) : Fixed{0.0f, 0.0f};
+        words.units[k0 / chunk * words.tokens + row] = fixed.unit;
+        int16_t* out = words.values + k0 * words.tokens + row0 * chunk + (row - row0) * kBlockK;
+        for (int64_t i = 0; i < chunk; i += S::kLanes) {
+            const auto value = fixed.scale == 0.0f
+                                   ? S::zero_i()
+                                   : S::to_int(S::mul_f(S::load_f(t + i), S::set_f(fixed.scale)));
+            S::store_low_words(out + i / kBlockK * rows * kBlockK + i % kBlockK, value);
+        }
     }
 }
 

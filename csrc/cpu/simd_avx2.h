@@ -18,7 +18,11 @@ struct SimdAvx2 {
     static constexpr int kStreamSums = 4;    // tokens x digits per pass: each has a pair sum and an int32 sum
     static constexpr bool kPairSums = true;  // dot sums pairs in 16 bits, widen_pairs makes them int32
     static constexpr int kTileRows = 6;  // 6 x 2 sums + 2 panel vectors + 1 broadcast = 15 of 16 registers
+    static constexpr int kWordRows = 4;  // 4 x 2 sums + 2 weight vectors + a broadcast and a product
     using I = __m256i;
+    // I as a vector of int32: g++ keeps whole arrays of these in registers, those of __m256i (int64) also in
+    // memory.
+    using Sum = int32_t __attribute__((vector_size(32)));
     using F = __m256;
 
     ROSAQ_INLINE I zero_i() { return _mm256_setzero_si256(); }
@@ -58,6 +62,21 @@ struct SimdAvx2 {
         const int32_t low = _mm256_cvtsi256_si32(bytes), high = _mm256_extract_epi32(bytes, 4);
         std::memcpy(p, &low, 4);
         std::memcpy(p + 4, &high, 4);
+    }
+    ROSAQ_INLINE void store_low_words(int16_t* p, I a) {
+        const I words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, a), 0x08);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(words));
+    }
+    ROSAQ_INLINE void store_i(int32_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+    ROSAQ_INLINE I sub_words(I a, I b) { return _mm256_sub_epi16(a, b); }
+    ROSAQ_INLINE I load_pair(const int16_t* pair) {
+        int32_t two;
+        std::memcpy(&two, pair, sizeof two);
+        return set_i(two);
+    }
+    // acc + sum of 2 products of 16-bit words, per lane.
+    ROSAQ_INLINE Sum dot_words(Sum acc, I weights, I x) {
+        return acc + reinterpret_cast<Sum>(_mm256_madd_epi16(weights, x));
     }
     ROSAQ_INLINE int32_t sum_i(I a) {
         alignas(32) int32_t v[kLanes];

@@ -18,7 +18,11 @@ struct SimdAvx512 {
     static constexpr bool kByteDot = true;
     static constexpr int kTileRows =
         14;  // 14 x 2 sums + 2 panel vectors = 30 of 32 registers; broadcasts are operands
+    static constexpr int kWordRows = 12;  // 12 x 2 sums + 2 weight vectors + a broadcast and a product
     using I = __m512i;
+    // I as a vector of int32: g++ keeps whole arrays of these in registers, those of __m512i (int64) also in
+    // memory.
+    using Sum = int32_t __attribute__((vector_size(64)));
     using F = __m512;
 
     ROSAQ_INLINE I zero_i() { return _mm512_setzero_si512(); }
@@ -54,6 +58,10 @@ struct SimdAvx512 {
         std::memcpy(&four, quad, sizeof four);
         return _mm512_dpbusd_epi32(acc, codes, set_i(four));
     }
+    // acc + sum of 2 products of 16-bit words, per lane.
+    ROSAQ_INLINE Sum dot_words(Sum acc, I weights, I x) {
+        return reinterpret_cast<Sum>(_mm512_dpwssd_epi32(reinterpret_cast<I>(acc), weights, x));
+    }
 #else
     static constexpr int kStreamSums = 4;  // tokens x digits per pass: each has a pair sum and an int32 sum
     static constexpr bool kPairSums = true;
@@ -64,9 +72,22 @@ struct SimdAvx512 {
         return _mm512_add_epi16(pairs, _mm512_maddubs_epi16(codes, set_i(four)));
     }
     ROSAQ_INLINE I widen_pairs(I pairs) { return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)); }
+    ROSAQ_INLINE Sum dot_words(Sum acc, I weights, I x) {
+        return acc + reinterpret_cast<Sum>(_mm512_madd_epi16(weights, x));
+    }
 #endif
     ROSAQ_INLINE void store_low_bytes(int8_t* p, I a) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+    }
+    ROSAQ_INLINE void store_low_words(int16_t* p, I a) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a));
+    }
+    ROSAQ_INLINE void store_i(int32_t* p, I a) { _mm512_storeu_si512(p, a); }
+    ROSAQ_INLINE I sub_words(I a, I b) { return _mm512_sub_epi16(a, b); }
+    ROSAQ_INLINE I load_pair(const int16_t* pair) {
+        int32_t two;
+        std::memcpy(&two, pair, sizeof two);
+        return set_i(two);
     }
     ROSAQ_INLINE int32_t sum_i(I a) { return _mm512_reduce_add_epi32(a); }
     ROSAQ_INLINE int32_t largest_i(I a) { return _mm512_reduce_max_epi32(a); }

@@ -27,12 +27,6 @@ constexpr int tile_rows(int num_digits) {
     return rows > 16 ? 16 : rows;
 }
 
-constexpr int largest_power_below(int n) {
-    int power = 1;
-    while (power * 2 < n) power *= 2;
-    return power;
-}
-
 template <class S, int kBits, int kDigits, int kRows>
 struct StreamTile {
     static constexpr int kSubs = kPanelRows / S::kLanes;
