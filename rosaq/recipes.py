@@ -22,7 +22,7 @@ RECIPES: dict[str, Recipe] = {
     # the ROSAQ paper: principal axes, the K largest eigenvalues in FP16, the rest rounded to nearest
     "rosaq": Recipe("rosaq", _RTN, RotationSpec("pca", "pca"), SalientSpec(16)),
     # ours: few principal directions in FP16, a random basis of the rest, second moments that listen to attended tokens,
-    # GPTQ with the salient columns as correctors, then scales and codes once more
+    # GPTQ with the salient columns as correctors, scales and codes once more, then tuning block by block and as a whole
     "rosaq-gptq": Recipe(
         "rosaq-gptq",
         replace(_GPTQ, refine=3),
@@ -30,7 +30,7 @@ RECIPES: dict[str, Recipe] = {
         SalientSpec(AUTO, basis=("values", "hidden"), online=2),
         ImportanceSpec("attention", 0.01),
         moments="dense",
-        tune=TuneSpec(steps=64),
+        tune=TuneSpec(steps=64, model_steps=32),
     ),
 }
 DEFAULT_RECIPE = "rosaq-gptq"
@@ -80,7 +80,8 @@ def make_recipe(
             chosen = replace(chosen, by="energy")  # without principal axes the largest channels are what there is
         chosen = replace(chosen, count=salient, online=chosen.online if salient else None)
     listened = recipe.importance if importance is None else replace(recipe.importance, strategy=importance)
-    tune = replace(recipe.tune, steps=recipe.tune.steps * preset_of(preset).tuning)
+    times = preset_of(preset).tuning
+    tune = replace(recipe.tune, steps=recipe.tune.steps * times, model_steps=recipe.tune.model_steps * times)
     return replace(recipe, quant=quant, salient=chosen, importance=listened, tune=tune)
 
 

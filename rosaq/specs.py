@@ -135,9 +135,10 @@ class ImportanceSpec:
 
 @dataclass(frozen=True)
 class TuneSpec:
-    """Block-wise tuning after quantisation: Adam on what the block stores.
+    """Tuning: Adam on what a block stores once it is quantised, then on what all blocks store together.
 
-    steps         of Adam per block at most; 0 for no tuning.
+    steps         of Adam per block at most; 0 for no tuning block by block.
+    model_steps   of Adam on the whole model at most, with its codes fixed; 0 for none.
     batch_size    sequences per step.
     passes        over the calibration sequences at most: with few of them there are fewer steps.
     codes_rate    learning rate of the codes before rounding, in codes a step.
@@ -147,6 +148,7 @@ class TuneSpec:
     """
 
     steps: int = 0
+    model_steps: int = 0
     batch_size: int = 2
     passes: int = 2
     codes_rate: float = 5e-3
@@ -156,8 +158,9 @@ class TuneSpec:
     bf16: bool = True
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"steps: got {self.steps}, need 0 or more")
+        for name in ("steps", "model_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, need 0 or more")
         for name in ("batch_size", "passes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, need at least 1")
@@ -203,8 +206,13 @@ class Recipe:
     tune: TuneSpec = TuneSpec()
 
     def __post_init__(self) -> None:
-        if self.tune.steps and self.moments != "dense":
-            raise ValueError(f"tune: got {self.tune.steps} steps with moments {self.moments!r}, need 'dense'")
+        if self.tunes and self.moments != "dense":
+            raise ValueError(f"tune: got steps with moments {self.moments!r}, need 'dense'")
+
+    @property
+    def tunes(self) -> bool:
+        """True when anything is tuned after it is quantised."""
+        return bool(self.tune.steps or self.tune.model_steps)
 
     @property
     def needs_tokens(self) -> bool:

@@ -97,7 +97,9 @@ def test_the_layer_report_is_the_error_of_the_stored_weights(made):
 
 def test_the_report_tells_what_tuning_and_importance_did(made):
     output, _ = made["rosaq-gptq"]
-    blocks = json.loads((output / "rosaq_layers.json").read_text())["blocks"]
+    report = json.loads((output / "rosaq_layers.json").read_text())
+    assert 0 < report["divergence"][1] < report["divergence"][0]
+    blocks = report["blocks"]
     assert len(blocks) == 2
     for block in blocks:
         before, after = block["tuned"]
@@ -219,7 +221,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize(
     ("recipe", "stop_after"),
-    [("rosaq-gptq", step) for step in (("axes", 1), ("blocks", 0), ("blocks", 1), ("write", 2))]
+    [("rosaq-gptq", step) for step in (("axes", 1), ("blocks", 0), ("blocks", 1), ("tuning", 2), ("write", 2))]
     + [("rosaq", ("blocks", 0))],  # an online basis
 )
 def test_a_killed_run_resumes_bit_identically(recipe, stop_after, dense, made, tmp_path):

@@ -13,7 +13,8 @@ from rosaq.quantizers import quantize_weight
 from rosaq.recipes import RECIPES
 from rosaq.specs import QuantSpec, TuneSpec
 from rosaq.tuning import TunedBlock, TunedLinear, TuningTokens, tune_block
-from rosaq.tuning.block import _batches, block_loss
+from rosaq.tuning.block import block_loss
+from rosaq.tuning.descent import draw_batches
 from tests.models import random_linear, save_dense, tiny_llama
 from tests.tolerances import assert_close_in, assert_tight
 
@@ -145,7 +146,7 @@ def test_tuning_lowers_the_loss_on_tokens_it_has_not_seen(setting):
 
 @pytest.mark.parametrize(("steps", "passes", "want"), [(5, 9, 5), (50, 2, 16), (50, 1, 8)])
 def test_every_sequence_comes_once_before_any_comes_again(steps, passes, want):
-    batches = list(_batches(24, TuneSpec(steps=steps, batch_size=3, passes=passes), seed=1))
+    batches = draw_batches(24, steps, TuneSpec(batch_size=3, passes=passes), seed=1)
     assert len(batches) == want
     once = torch.cat(batches[:8])
     assert len(once.unique()) == len(once)
@@ -163,13 +164,15 @@ def test_gains_are_stored_as_they_were_tuned(setting):
 def test_refusals():
     with pytest.raises(ValueError, match="steps: got -1, need 0 or more"):
         TuneSpec(steps=-1)
+    with pytest.raises(ValueError, match="model_steps: got -2, need 0 or more"):
+        TuneSpec(model_steps=-2)
     with pytest.raises(ValueError, match="passes: got 0, need at least 1"):
         TuneSpec(passes=0)
     with pytest.raises(ValueError, match="batch_size: got 0"):
         TuneSpec(batch_size=0)
     with pytest.raises(ValueError, match=r"codes_rate: got -0\.1"):
         TuneSpec(codes_rate=-0.1)
-    with pytest.raises(ValueError, match="tune: got 3 steps with moments 'quantised', need 'dense'"):
+    with pytest.raises(ValueError, match="tune: got steps with moments 'quantised', need 'dense'"):
         replace(RECIPES["gptq"], tune=TuneSpec(steps=3))
 
 

@@ -110,8 +110,12 @@ class BlockModel:
     @torch.no_grad()
     def logits(self, hidden: Tensor, gain: Tensor, head: Tensor) -> Tensor:
         """Final norm and head: hidden [batch, length, hidden] -> [batch, length, vocab]."""
+        return self.final_norm(hidden, gain) @ head.T
+
+    def final_norm(self, hidden: Tensor, gain: Tensor) -> Tensor:
+        """The norm before the head, differentiable: hidden [..., hidden] -> the same shape."""
         normed: Tensor = functional_call(self._model.get_submodule(self.family.final_norm), {"weight": gain}, (hidden,))
-        return normed @ head.T
+        return normed
 
     def forward(self, index: int, tensors: Tensors, hidden: Tensor) -> Tensor:
         """Block `index` with the given weights: hidden [batch, length, hidden] -> the same shape, differentiable."""

@@ -18,6 +18,7 @@ from rosaq.models import config_key
 from rosaq.pipeline.block import LinearReport, formats
 from rosaq.pipeline.rotations import Rotations
 from rosaq.pipeline.source import DenseModel
+from rosaq.pipeline.whole_model import tuned_block_name
 from rosaq.pipeline.workspace import Workspace, block_name
 from rosaq.rotation import rotate_rows, unit_gain
 from rosaq.sharding import Cut, allowed_sizes
@@ -32,11 +33,13 @@ _NOT_COPIED = ("config.json", "model.safetensors.index.json", LAYERS_FILE)
 class Report:
     """What a run measured: one entry per linear; one per block ("tuned": loss before and after, "importance": summary
     of the tokens' weights, "expert_tokens": how many went to each expert of a mixture); the largest relative logit
-    difference that the rotations made (None without any)."""
+    difference that the rotations made (None without any); the divergence from the dense model's predictions before and
+    after tuning the model as a whole, in nats per token (None without)."""
 
     layers: list[LinearReport]
     blocks: list[dict[str, Any]]
     rotation_error: float | None
+    divergence: tuple[float, float] | None
 
 
 def write_checkpoint(model: DenseModel, recipe: Recipe, rotations: Rotations, report: Report, work: Workspace) -> None:
@@ -51,6 +54,7 @@ def write_checkpoint(model: DenseModel, recipe: Recipe, rotations: Rotations, re
     layers: dict[str, Any] = {
         "recipe": asdict(recipe),
         "rotation_error": report.rotation_error,
+        "divergence": report.divergence,
         "spectrum": None if rotations.spectrum is None else rotations.spectrum.tolist(),
         "blocks": report.blocks,
         "layers": [layer.to_dict() for layer in report.layers],
@@ -68,7 +72,7 @@ def _tensors(model: DenseModel, rotations: Rotations, work: Workspace) -> Iterat
     else:
         yield model.embedding_name, model.to_storage(rotate_rows(rows, residual), model.embedding_name)
     for index in range(model.blocks.sizes.num_blocks):
-        saved = work.load(block_name(index))
+        saved = work.load(tuned_block_name(index)) or work.load(block_name(index))
         assert saved is not None
         for name, tensor in sorted(saved[0].items()):
             if not name.startswith("probe."):

@@ -1,21 +1,14 @@
-"""Quantise a model: the order of the steps, and what is kept of each."""
+"""The stages of a run, in order: rotations, blocks, the model as a whole, the check that rotating changed nothing."""
 
 from __future__ import annotations
 
-import resource
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rosaq.checkpoint import bits_per_weight, total_bytes
 from rosaq.config import LinearFormat
-from rosaq.pipeline.assemble import Report, write_checkpoint
 from rosaq.pipeline.block import (
     BlockTask,
     LinearReport,
@@ -26,123 +19,19 @@ from rosaq.pipeline.block import (
     quantize_block,
 )
 from rosaq.pipeline.probe import MAX_TOKENS, Probe, check_equal
-from rosaq.pipeline.request import calibration_windows, check_formats, fit_to_family, request_of
 from rosaq.pipeline.rotations import Rotations, choose_rotations
-from rosaq.pipeline.source import DenseModel, local_directory
-from rosaq.pipeline.workspace import Workspace, block_name, check_output
-from rosaq.recipes import DEFAULT_PRESET, DEFAULT_RECIPE, make_recipe, preset_of, with_counted_salient
+from rosaq.pipeline.source import DenseModel
+from rosaq.pipeline.whole_model import tune_whole_model
+from rosaq.pipeline.workspace import Workspace, block_name
 from rosaq.rotation import fold_norms, rotate_block, rotate_rows, unit_gain
 from rosaq.specs import CalibrationSpec, Recipe
+from rosaq.tuning import Predictions
 
 Tensors = dict[str, Tensor]
 _AXES_TOKENS = 16384  # that principal axes are measured on, in every block: more do not move the few that are kept
 
 
-@dataclass(frozen=True)
-class ProgressEvent:
-    """One step done: stage "axes", "blocks" or "write", block number (from 0), mean SQNR of its linears in dB."""
-
-    stage: str
-    block: int
-    num_blocks: int
-    error_db: float | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class QuantizeResult:
-    """What a run made. rotation_error: largest logit difference between the dense and the folded and rotated model,
-    relative to the largest logit (None where nothing was rotated). bytes: all tensors of the checkpoint."""
-
-    output: str
-    recipe: str
-    bits_per_weight: float
-    bytes: int
-    seconds: float
-    rotation_error: float | None
-    peak_memory_bytes: int
-    layers: list[dict[str, Any]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def quantize(
-    model: str | Path,
-    output: str | Path,
-    *,
-    recipe: str | Recipe = DEFAULT_RECIPE,
-    bits: int | None = None,
-    group_size: int | None = None,
-    symmetric: bool | None = None,
-    salient: int | None = None,
-    importance: str | None = None,
-    preset: str = DEFAULT_PRESET,
-    calibration: list[str] | None = None,
-    spec: CalibrationSpec | None = None,
-    force: bool = False,
-    resume: bool = False,
-    progress: Callable[[ProgressEvent], None] | None = None,
-) -> QuantizeResult:
-    """Quantise the model in directory (or of hub name) `model` into the new directory `output`.
-
-    recipe: a name of `rosaq.recipes.RECIPES`, or a `Recipe` of your own. bits, group_size, symmetric, salient,
-    importance: None keeps the recipe's choice (3 bits in groups of 64). preset: "fast", "default" or "best": how many
-    calibration windows (unless `spec` says so) and tuning steps. calibration: documents (None: prose Python carries).
-    Memory holds one block, the token stream and one shard. `output` appears complete or not at all; an interrupted
-    run continues with `resume` and ends bit-identical.
-
-    Raises ValueError, FileNotFoundError or OSError naming the argument, what it got and what it needs.
-    """
-    started = time.monotonic()
-    output = Path(output)
-    chosen = make_recipe(
-        recipe,
-        bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        salient=salient,
-        importance=importance,
-        preset=preset,
-    )
-    spec = spec or CalibrationSpec(num_sequences=preset_of(preset).num_sequences)
-    check_output(output, force=force)
-    dense = DenseModel(local_directory(model))
-    chosen = fit_to_family(with_counted_salient(chosen, dense.blocks.sizes.hidden), dense.blocks.family)
-    check_formats(dense.blocks, chosen)
-    input_ids = calibration_windows(dense, calibration, spec)
-    work = Workspace(output, request_of(dense, chosen, spec, input_ids), force=force, resume=resume)
-
-    def report(stage: str, block: int, error_db: float | None = None) -> None:
-        if progress is not None:
-            event = ProgressEvent(stage, block, dense.blocks.sizes.num_blocks, error_db, time.monotonic() - started)
-            progress(event)
-
-    try:
-        run = _Run(dense, chosen, spec, input_ids, work, report)
-        run.choose_rotations()
-        run.quantize_blocks()
-        error = run.check_logits()
-        write_checkpoint(dense, chosen, run.rotations, Report(run.reports, run.blocks, error), work)
-        report("write", dense.blocks.sizes.num_blocks)
-        work.commit()
-    except BaseException:
-        work.discard_if_empty()
-        raise
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return QuantizeResult(
-        output=str(output),
-        recipe=chosen.name,
-        bits_per_weight=bits_per_weight(output),
-        bytes=total_bytes(output),
-        seconds=time.monotonic() - started,
-        rotation_error=error,
-        peak_memory_bytes=peak,
-        layers=[r.to_dict() for r in run.reports],
-    )
-
-
-class _Run:
+class Run:
     """The state that moves through the blocks: token stream, probe, and the reports so far."""
 
     def __init__(
@@ -159,6 +48,8 @@ class _Run:
         self.rotations = Rotations()
         self.reports: list[LinearReport] = []
         self.blocks: list[dict[str, Any]] = []
+        self.divergence: tuple[float, float] | None = None
+        self._dense_outputs: list[Tensor] = []
         self._probe: Probe | None = None
 
     def choose_rotations(self) -> None:
@@ -182,7 +73,7 @@ class _Run:
         """All blocks in order; the finished ones of an earlier run are read back instead of made again."""
         model, family = self._dense.blocks, self._dense.blocks.family
         stream = self._stream(self.rotations.residual) if self._recipe.needs_tokens else []
-        streams = Streams(stream, list(stream) if self._recipe.tune.steps else [], self._counts()[: len(stream)])
+        streams = Streams(stream, list(stream) if self._recipe.tunes else [], self._counts()[: len(stream)])
         if not self._recipe.rotation.is_identity:
             ids = self._ids[:1, :MAX_TOKENS]
             self._probe = Probe(self._embed(ids, None), self._embed(ids, self.rotations.residual))
@@ -200,6 +91,24 @@ class _Run:
             runnable = _runnable(tensors, formats(self._recipe, family, self.rotations.of_block(index)))
             self._advance(index, streams, outputs, runnable)
             self._report("blocks", index, _mean_db(self.reports, len(values["reports"])))
+        self._dense_outputs = streams.moments
+
+    def tune_model(self) -> None:
+        """All blocks together, if the recipe says so."""
+        if not self._recipe.tune.model_steps:
+            return
+        family, rotations = self._dense.blocks.family, self.rotations
+        gain, head = self._final()
+        embedded = torch.cat(self._stream(rotations.residual))
+        self.divergence = tune_whole_model(
+            self._dense,
+            [formats(self._recipe, family, rotations.of_block(i)) for i in range(self._dense.blocks.sizes.num_blocks)],
+            Predictions(embedded, torch.cat(self._dense_outputs), gain, head),
+            self._recipe.tune,
+            self._spec.seed,
+            self._work,
+            lambda step, steps: self._report("tuning", step - 1, total=steps),
+        )
 
     def _advance(self, index: int, streams: Streams, outputs: list[Tensor], quantised: Tensors) -> None:
         """The streams through block `index`: that of the second moments is `outputs` where they are known already."""
@@ -262,13 +171,17 @@ class _Run:
         """Largest relative logit difference of the probe; None where nothing was rotated."""
         if self._probe is None:
             return None
-        model, get, residual = self._dense.blocks, self._dense.get, self.rotations.residual
+        model, get = self._dense.blocks, self._dense.get
+        want = model.logits(self._probe.dense, get(self._dense.final_norm_name), get(self._dense.head_name))
+        return check_equal(model.logits(self._probe.rotated, *self._final()), want, "logits")
+
+    def _final(self) -> tuple[Tensor, Tensor]:
+        """Gain [d] of the final norm and head [vocab, d], in the stream that the quantised model runs in."""
+        get, residual, family = self._dense.get, self.rotations.residual, self._dense.blocks.family
         gain, head = get(self._dense.final_norm_name), get(self._dense.head_name)
-        want = model.logits(self._probe.dense, gain, head)
-        if residual is not None:
-            head = rotate_rows(head, residual, gain + model.family.gain_offset)
-            gain = unit_gain(gain, model.family)
-        return check_equal(model.logits(self._probe.rotated, gain, head), want, "logits")
+        if residual is None:
+            return gain, head
+        return unit_gain(gain, family), rotate_rows(head, residual, gain + family.gain_offset)
 
     def _embed(self, input_ids: Tensor, residual: Tensor | None) -> Tensor:
         rows = self._dense.get(self._dense.embedding_name)

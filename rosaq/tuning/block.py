@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rosaq.calibrate import BlockModel
 from rosaq.specs import TuneSpec
+from rosaq.tuning.descent import descend, draw_batches
 from rosaq.tuning.linear import TunedLinear
 
 Tensors = dict[str, Tensor]
@@ -78,7 +79,8 @@ class TunedBlock:
     def groups(self, spec: TuneSpec) -> Iterator[tuple[Tensor, float]]:
         """(trainable tensor, its learning rate)."""
         for linear in self.linears.values():
-            yield linear.latent, spec.codes_rate
+            if linear.latent is not None:
+                yield linear.latent, spec.codes_rate
             yield linear.stretch, spec.scales_rate
             if linear.shift is not None:
                 yield linear.shift, spec.salient_rate
@@ -93,16 +95,9 @@ def tune_block(
     threads. Raises ValueError if the loss is not finite."""
     weights = tokens.weights()
     before = block_loss(model, index, block, tokens.first(_MEASURED))
-    trainable = [(tensor, rate) for tensor, rate in block.groups(spec) if rate]
-    optimizer = torch.optim.Adam([{"params": [tensor], "lr": rate} for tensor, rate in trainable], betas=(0.9, 0.95))
-    batches = list(_batches(len(tokens.inputs), spec, seed))
-    for step, batch in enumerate(batches):
-        for group, (_, rate) in zip(optimizer.param_groups, trainable, strict=True):
-            group["lr"] = rate * _share(step, len(batches))
-        loss = _loss(model, index, block.tensors(), tokens, weights, batch, bf16=spec.bf16)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    batches = draw_batches(len(tokens.inputs), spec.steps, spec, seed)
+    for batch in descend(block.groups(spec), batches):
+        _loss(model, index, block.tensors(), tokens, weights, batch, bf16=spec.bf16).backward()
     after = block_loss(model, index, block, tokens.first(_MEASURED))
     if not math.isfinite(after):
         raise ValueError(f"tuning: {model.family.block_prefix(index)[:-1]}: got a loss of {after}, need a finite one")
@@ -132,19 +127,3 @@ def _loss(
         out = model.forward(index, tensors, tokens.inputs[batch])
     error = (out.float() - tokens.targets[batch]).square().sum(-1)
     return (error * weights[batch]).mean()
-
-
-def _batches(num_sequences: int, spec: TuneSpec, seed: int) -> Iterator[Tensor]:
-    """Batches of sequence numbers, one per step: every sequence once before any comes again."""
-    generator = torch.Generator().manual_seed(seed)
-    size, waiting = min(spec.batch_size, num_sequences), torch.empty(0, dtype=torch.int64)
-    for _ in range(min(spec.steps, max(1, spec.passes * num_sequences // size))):
-        if len(waiting) < size:
-            waiting = torch.cat([waiting, torch.randperm(num_sequences, generator=generator)])
-        yield waiting[:size]
-        waiting = waiting[size:]
-
-
-def _share(step: int, steps: int) -> float:
-    """Of the learning rate: a tenth of the steps to warm up, then a half cosine to zero."""
-    return min(1.0, (step + 1) / max(1.0, 0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -22,23 +22,26 @@ _NEAR = 0.45
 
 
 class TunedLinear:
-    """Trainable view of the stored tensors of a linear [n, k] with dense weight `weight` (rotated, float32).
+    """Trainable view of the stored tensors of a linear [n, k] with dense weight `weight` (rotated, float32; None: the
+    codes stay as they are, and take a byte each instead of twelve).
 
-    latent   [n, groups, group_size]: codes before rounding; the codes stored now are its rounding.
+    latent   [n, groups, group_size]: codes before rounding; the codes stored now are its rounding. None: codes stay.
     stretch  [n, groups, 1]: scales are multiplied by 1 + stretch.
     shift    [n, r] in units of the mean scale, added to the weights of the salient directions (r = 0: None).
     """
 
-    def __init__(self, weight: Tensor, stored: Tensors, fmt: LinearFormat) -> None:
-        n, k = weight.shape
+    def __init__(self, weight: Tensor | None, stored: Tensors, fmt: LinearFormat) -> None:
         self._format, self._stored = fmt, stored
         self._scale = stored["scales"].float()[..., None]
         middle = torch.full_like(self._scale, 2 ** (fmt.bits - 1))
         self._zero = stored["zeros"].float()[..., None] if "zeros" in stored else middle
-        groups = fmt.groups_of(k)
-        codes = unpack(stored["qweight"], fmt.bits).float().view(n, groups, -1)
-        exact = weight.view(n, groups, -1) / self._scale + self._zero
-        self.latent = (codes + (exact - codes).clamp(-_NEAR, _NEAR)).requires_grad_()
+        n, groups = stored["scales"].shape
+        self._codes = unpack(stored["qweight"], fmt.bits).view(n, groups, -1)
+        k = groups * self._codes.shape[2]
+        self.latent: Tensor | None = None
+        if weight is not None:
+            exact = weight.view(n, groups, -1) / self._scale + self._zero
+            self.latent = (self._codes + (exact - self._codes).clamp(-_NEAR, _NEAR)).requires_grad_()
         self.stretch = torch.zeros_like(self._scale).requires_grad_()
         self.shift: Tensor | None = None
         if fmt.num_salient:
@@ -49,7 +52,7 @@ class TunedLinear:
             if fmt.salient == "index":
                 self._bulk_columns[stored["salient_index"].long()] = 0
             else:  # what the whole weight does on the basis; codes may then change without touching it
-                w_hat = ((codes - self._zero) * self._scale).view(n, k)
+                w_hat = ((self._codes - self._zero) * self._scale).view(n, k)
                 self._directions = self._directions + w_hat @ stored["salient_basis"].float()
 
     def _scales(self) -> Tensor:
@@ -64,7 +67,10 @@ class TunedLinear:
         return _through(wanted, torch.float16)
 
     def _bulk(self) -> Tensor:
-        rounded: Tensor = _Rounded.apply(self.latent, self._scales(), self._zero, self._format.bits)  # type: ignore[no-untyped-call]
+        if self.latent is None:
+            rounded = (self._codes - self._zero) * self._scales()
+        else:
+            rounded = _Rounded.apply(self.latent, self._scales(), self._zero, self._format.bits)  # type: ignore[no-untyped-call]
         bulk = rounded.flatten(1)
         return bulk * self._bulk_columns if self.shift is not None and self._format.salient == "index" else bulk
 
@@ -84,12 +90,13 @@ class TunedLinear:
     @torch.no_grad()
     def stored(self) -> Tensors:
         """The disk tensors that stand for `weight()`, bit for bit."""
-        codes = self.latent.round().clamp(0, 2**self._format.bits - 1)
-        if self.shift is not None and self._format.salient == "index":
-            kept = (self._bulk_columns == 0).view(1, codes.shape[1], -1)
-            codes = torch.where(kept, self._zero, codes)
         tensors = dict(self._stored)
-        tensors["qweight"] = pack(codes.flatten(1).to(torch.uint8), self._format.bits)
+        if self.latent is not None:
+            codes = self.latent.round().clamp(0, 2**self._format.bits - 1)
+            if self.shift is not None and self._format.salient == "index":
+                kept = (self._bulk_columns == 0).view(1, codes.shape[1], -1)
+                codes = torch.where(kept, self._zero, codes)
+            tensors["qweight"] = pack(codes.flatten(1).to(torch.uint8), self._format.bits)
         tensors["scales"] = self._scales()[..., 0].to(torch.float16)
         if self.shift is not None:
             tensors["salient_weight"] = self._salient(self._bulk()).to(torch.float16)

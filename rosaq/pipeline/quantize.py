@@ -1,0 +1,126 @@
+"""`quantize`: check the request, run the stages, write the checkpoint."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rosaq.checkpoint import bits_per_weight, total_bytes
+from rosaq.pipeline.assemble import Report, write_checkpoint
+from rosaq.pipeline.request import calibration_windows, check_formats, fit_to_family, request_of
+from rosaq.pipeline.run import Run
+from rosaq.pipeline.source import DenseModel, local_directory
+from rosaq.pipeline.workspace import Workspace, check_output
+from rosaq.recipes import DEFAULT_PRESET, DEFAULT_RECIPE, make_recipe, preset_of, with_counted_salient
+from rosaq.specs import CalibrationSpec, Recipe
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """One step done: stage "axes", "blocks", "tuning" or "write", number of the block or tuning step (from 0) and how
+    many there are, mean SQNR of the block's linears in dB."""
+
+    stage: str
+    block: int
+    num_blocks: int
+    error_db: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What a run made. rotation_error: largest logit difference between the dense and the folded and rotated model,
+    relative to the largest logit (None where nothing was rotated). bytes: all tensors of the checkpoint."""
+
+    output: str
+    recipe: str
+    bits_per_weight: float
+    bytes: int
+    seconds: float
+    rotation_error: float | None
+    peak_memory_bytes: int
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    *,
+    recipe: str | Recipe = DEFAULT_RECIPE,
+    bits: int | None = None,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    salient: int | None = None,
+    importance: str | None = None,
+    preset: str = DEFAULT_PRESET,
+    calibration: list[str] | None = None,
+    spec: CalibrationSpec | None = None,
+    force: bool = False,
+    resume: bool = False,
+    progress: Callable[[ProgressEvent], None] | None = None,
+) -> QuantizeResult:
+    """Quantise the model in directory (or of hub name) `model` into the new directory `output`.
+
+    recipe: a name of `rosaq.recipes.RECIPES`, or a `Recipe` of your own. bits, group_size, symmetric, salient,
+    importance: None keeps the recipe's choice (3 bits in groups of 64). preset: "fast", "default" or "best": how many
+    calibration windows (unless `spec` says so) and tuning steps. calibration: documents (None: prose Python carries).
+    Memory holds one block, the token stream and one shard. `output` appears complete or not at all; an interrupted
+    run continues with `resume` and ends bit-identical.
+
+    Raises ValueError, FileNotFoundError or OSError naming the argument, what it got and what it needs.
+    """
+    started = time.monotonic()
+    output = Path(output)
+    chosen = make_recipe(
+        recipe,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        salient=salient,
+        importance=importance,
+        preset=preset,
+    )
+    spec = spec or CalibrationSpec(num_sequences=preset_of(preset).num_sequences)
+    check_output(output, force=force)
+    dense = DenseModel(local_directory(model))
+    chosen = fit_to_family(with_counted_salient(chosen, dense.blocks.sizes.hidden), dense.blocks.family)
+    check_formats(dense.blocks, chosen)
+    input_ids = calibration_windows(dense, calibration, spec)
+    work = Workspace(output, request_of(dense, chosen, spec, input_ids), force=force, resume=resume)
+
+    def report(stage: str, block: int, error_db: float | None = None, total: int | None = None) -> None:
+        if progress is not None:
+            total = dense.blocks.sizes.num_blocks if total is None else total
+            progress(ProgressEvent(stage, block, total, error_db, time.monotonic() - started))
+
+    try:
+        run = Run(dense, chosen, spec, input_ids, work, report)
+        run.choose_rotations()
+        run.quantize_blocks()
+        run.tune_model()
+        error = run.check_logits()
+        write_checkpoint(dense, chosen, run.rotations, Report(run.reports, run.blocks, error, run.divergence), work)
+        report("write", dense.blocks.sizes.num_blocks)
+        work.commit()
+    except BaseException:
+        work.discard_if_empty()
+        raise
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return QuantizeResult(
+        output=str(output),
+        recipe=chosen.name,
+        bits_per_weight=bits_per_weight(output),
+        bytes=total_bytes(output),
+        seconds=time.monotonic() - started,
+        rotation_error=error,
+        peak_memory_bytes=peak,
+        layers=[r.to_dict() for r in run.reports],
+    )

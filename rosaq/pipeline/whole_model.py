@@ -1,0 +1,81 @@
+"""Tune the finished blocks together, and save what they store then beside what each of them stored alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from rosaq.config import LinearFormat
+from rosaq.models import Family
+from rosaq.pipeline.source import DenseModel
+from rosaq.pipeline.workspace import Workspace, block_name
+from rosaq.specs import TuneSpec
+from rosaq.tuning import Predictions, TunedBlock, TunedLinear, tune_model
+
+Tensors = dict[str, Tensor]
+_DONE = "tuned"  # the step that is saved when all blocks are
+
+
+def tuned_block_name(index: int) -> str:
+    """Name of the saved step that holds block `index` after the model was tuned as a whole."""
+    return f"tuned-{index:05d}"
+
+
+def tune_whole_model(
+    dense: DenseModel,
+    formats: list[dict[str, LinearFormat]],
+    predictions: Predictions,
+    spec: TuneSpec,
+    seed: int,
+    work: Workspace,
+    progress: Callable[[int, int], None],
+) -> tuple[float, float]:
+    """(divergence before, after) in nats per token; the tuned blocks are in the workspace. formats: of every block.
+
+    An interrupted tuning starts again from the blocks as they were quantised.
+    """
+    saved = work.load(_DONE)
+    if saved is None:
+        blocks = [_tuned_block(dense, _block(work, i), fmts) for i, fmts in enumerate(formats)]
+        loss = tune_model(dense.blocks, blocks, predictions, spec, seed, progress)
+        for index, block in enumerate(blocks):
+            stored = _block(work, index)
+            for name, linear in block.linears.items():
+                stored |= {f"{name}.{tensor}": value for tensor, value in linear.stored().items()}
+            stored |= {name: gain.detach().to(dense.dtype) for name, gain in block.gains().items()}
+            work.save(tuned_block_name(index), stored, {})
+        work.save(_DONE, {}, {"loss": loss})
+        return loss
+    before, after = saved[1]["loss"]
+    return before, after
+
+
+def _block(work: Workspace, index: int) -> Tensors:
+    saved = work.load(block_name(index))
+    assert saved is not None
+    return {name: tensor for name, tensor in saved[0].items() if not name.startswith("probe.")}
+
+
+def _tuned_block(dense: DenseModel, stored: Tensors, formats: dict[str, LinearFormat]) -> TunedBlock:
+    """The block as it is stored, trainable but for its codes."""
+    family = dense.blocks.family
+    linears = {name: TunedLinear(None, _of_linear(stored, name), fmt) for name, fmt in formats.items()}
+    gains = {name: stored[name].float() for name in sorted(_gain_names(family))}
+    others = {
+        name: tensor.float()
+        for name, tensor in stored.items()
+        if name not in gains and (name.rpartition(".")[0] not in formats or name.endswith(".bias"))
+    }
+    return TunedBlock(linears, gains, others, dense.dtype, gain_offset=family.gain_offset)
+
+
+def _of_linear(stored: Tensors, linear: str) -> Tensors:
+    """The tensors of one linear under their own names, without its bias."""
+    own = {name.removeprefix(f"{linear}."): t for name, t in stored.items() if name.startswith(f"{linear}.")}
+    own.pop("bias", None)
+    return own
+
+
+def _gain_names(family: Family) -> set[str]:
+    return {f"{site.norm}.weight" for site in family.sites if site.norm}

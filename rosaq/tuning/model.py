@@ -1,0 +1,106 @@
+"""Move what the whole quantised model stores until it predicts what the dense model predicts.
+
+Tuning block by block asks every block to hide its own rounding errors; what they do to each other's is only seen at the
+end. Here the loss is KL(dense || quantised) of the next token. Codes stay as they are: scales, salient weights and the
+norms' gains move (as in the second phase of EfficientQAT, arXiv 2407.11062, which moves the scales).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rosaq.calibrate import BlockModel
+from rosaq.specs import TuneSpec
+from rosaq.tuning.block import TunedBlock
+from rosaq.tuning.descent import descend, draw_batches
+
+_MEASURED = 8  # sequences that the divergence before and after is measured on
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """embedded [sequences, length, d]: the calibration text after the embedding. dense [sequences, length, d]: what the
+    dense model's last block makes of it. gain [d], head [vocab, d]: of the final norm and the head, common to both."""
+
+    embedded: Tensor
+    dense: Tensor
+    gain: Tensor
+    head: Tensor
+
+
+def tune_model(
+    model: BlockModel,
+    blocks: list[TunedBlock],
+    predictions: Predictions,
+    spec: TuneSpec,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> tuple[float, float]:
+    """Tune `blocks` in place for `spec.model_steps`; (divergence before, after) in nats per token, on the first
+    sequences. progress is called with (steps done, steps).
+
+    Memory holds the codes of all blocks, one byte each, the hidden states of a batch once per block, and one block's
+    weights: every block is run again for its gradient. Raises ValueError if the divergence is not finite.
+    """
+    measured = torch.arange(min(_MEASURED, len(predictions.embedded)))
+    before = _divergence(model, blocks, predictions, measured)
+    batches = draw_batches(len(predictions.embedded), spec.model_steps, spec, seed)
+    groups = [group for block in blocks for group in block.groups(spec)]
+    for step, batch in enumerate(descend(groups, batches)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=spec.bf16):
+            out = _run(model, blocks, predictions.embedded[batch])
+            leaf = out.detach().requires_grad_()
+            normed = model.final_norm(leaf, predictions.gain)
+            _, slope = _kl(
+                normed.detach(), model.final_norm(predictions.dense[batch], predictions.gain), predictions.head
+            )
+        torch.autograd.backward(normed, slope.to(normed.dtype))
+        assert leaf.grad is not None
+        out.backward(leaf.grad)
+        progress(step + 1, len(batches))
+    after = _divergence(model, blocks, predictions, measured)
+    if not math.isfinite(after):
+        raise ValueError(f"tuning: the whole model: got a divergence of {after}, need a finite one")
+    return before, after
+
+
+def _run(model: BlockModel, blocks: list[TunedBlock], hidden: Tensor) -> Tensor:
+    """Hidden states after the last block; only the blocks' inputs are kept for the way back."""
+    for index, block in enumerate(blocks):
+
+        def run(entering: Tensor, index: int = index, block: TunedBlock = block) -> Tensor:
+            return model.forward(index, block.tensors(), entering)
+
+        hidden = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
+    return hidden
+
+
+@torch.no_grad()
+def _kl(normed: Tensor, dense: Tensor, head: Tensor) -> tuple[float, Tensor]:
+    """(mean KL(dense || quantised) over the tokens, its gradient) for what enters the head, [batch, length, d]. One
+    sequence at a time: a row of logits is as wide as the vocabulary."""
+    total, slopes = 0.0, []
+    for own, wanted in zip(normed, dense, strict=True):
+        log_p, log_q = (wanted @ head.T).float().log_softmax(-1), (own @ head.T).float().log_softmax(-1)
+        p = log_p.exp()
+        total += float((p * (log_p - log_q)).sum())
+        slopes.append((log_q.exp_().sub_(p)) @ head)
+    tokens = normed.shape[0] * normed.shape[1]
+    return total / tokens, torch.stack(slopes) / tokens
+
+
+@torch.no_grad()
+def _divergence(model: BlockModel, blocks: list[TunedBlock], predictions: Predictions, sequences: Tensor) -> float:
+    """Mean KL(dense || quantised) over the tokens of `sequences`, in float32."""
+    total = 0.0
+    for one in sequences.split(1):
+        own = model.final_norm(_run(model, blocks, predictions.embedded[one]), predictions.gain)
+        wanted = model.final_norm(predictions.dense[one], predictions.gain)
+        total += _kl(own, wanted, predictions.head)[0]
+    return total / len(sequences)

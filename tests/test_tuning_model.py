@@ -1,0 +1,118 @@
+"""Tuning the whole model: the way back through checkpointed blocks is the true gradient, and codes stay."""
+
+import pytest
+import torch
+
+from rosaq.calibrate import BlockModel
+from rosaq.config import LinearFormat
+from rosaq.quantizers import quantize_weight
+from rosaq.specs import QuantSpec, TuneSpec
+from rosaq.tuning import Predictions, TunedBlock, TunedLinear, tune_model
+from rosaq.tuning.model import _divergence, _kl
+from tests.models import save_dense, tiny_llama
+from tests.tolerances import assert_close_in
+
+FORMAT = LinearFormat(3, 32, False, 2)
+SPEC = TuneSpec(model_steps=24, batch_size=4, passes=24, scales_rate=5e-3, gains_rate=5e-3, bf16=False)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """(model, function that makes its quantised blocks anew, predictions on 72 sequences of noise)."""
+    dense = tiny_llama(seed=5)
+    model = BlockModel(save_dense(tmp_path_factory.mktemp("whole") / "dense", dense))
+    embedded = torch.randn(72, 32, 64, generator=torch.Generator().manual_seed(0))
+    weights = [{name: t.float() for name, t in layer.state_dict().items()} for layer in dense.model.layers]
+    hidden = embedded
+    for index, block in enumerate(weights):
+        hidden = model.run(index, block, hidden)
+    made = [
+        {
+            n: quantize_weight(w[f"{n}.weight"], None, QuantSpec(3, 32, method="rtn"), torch.arange(2))
+            for n in model.family.linears
+        }
+        for w in weights
+    ]
+    for block in made:  # an error that scales can mend, unlike that of rounding random weights
+        for stored in block.values():
+            stored["scales"] *= 0.93
+
+    def blocks():
+        return [
+            TunedBlock(
+                {name: TunedLinear(None, stored, FORMAT) for name, stored in made[index].items()},
+                {name: tensor for name, tensor in block.items() if "norm" in name},
+                {},
+                torch.float16,
+            )
+            for index, block in enumerate(weights)
+        ]
+
+    gain, head = dense.model.norm.weight.detach().float(), dense.lm_head.weight.detach().float()
+    return model, blocks, Predictions(embedded, hidden, gain, head)
+
+
+def part(predictions, which):
+    return Predictions(predictions.embedded[which], predictions.dense[which], predictions.gain, predictions.head)
+
+
+def test_the_divergence_falls_on_sequences_it_has_not_seen_and_codes_stay(setting):
+    model, make, predictions = setting
+    blocks, steps = make(), []
+    unseen = part(predictions, slice(64, 72))
+    before = _divergence(model, blocks, unseen, torch.arange(8))
+    codes = [linear.stored()["qweight"] for block in blocks for linear in block.linears.values()]
+    first, last = tune_model(
+        model, blocks, part(predictions, slice(0, 64)), SPEC, seed=0, progress=lambda *step: steps.append(step)
+    )
+    assert last < 0.9 * first
+    assert _divergence(model, blocks, unseen, torch.arange(8)) < 0.95 * before
+    assert steps == [(step, 24) for step in range(1, 25)]
+    linears = [linear for block in blocks for linear in block.linears.values()]
+    assert all(torch.equal(linear.stored()["qweight"], old) for linear, old in zip(linears, codes, strict=True))
+    again = make()
+    assert tune_model(model, again, part(predictions, slice(0, 64)), SPEC, seed=0, progress=lambda *_: None) == (
+        first,
+        last,
+    )
+
+
+def test_what_is_left_on_the_tensors_is_the_gradient_of_the_divergence(setting):
+    """Against autograd through the whole model at once, without checkpoints and with the loss written out."""
+    model, make, predictions = setting
+    blocks = make()
+    groups = [tensor for block in blocks for tensor, _ in block.groups(SPEC)]
+    one_step = TuneSpec(model_steps=1, batch_size=72, passes=1, bf16=False)
+    tune_model(model, blocks, predictions, one_step, seed=0, progress=lambda *_: None)
+    got = [tensor.grad.clone() for tensor in groups]
+    fresh = make()
+    hidden = predictions.embedded
+    for index, block in enumerate(fresh):
+        hidden = model.forward(index, block.tensors(), hidden)
+    own, wanted = (model.final_norm(h, predictions.gain) @ predictions.head.T for h in (hidden, predictions.dense))
+    loss = torch.nn.functional.kl_div(own.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="sum")
+    (loss / (72 * 32)).backward()
+    want = [tensor.grad for block in fresh for tensor, _ in block.groups(SPEC)]
+    assert len(got) == len(want) > 20
+    for mine, true in zip(got, want, strict=True):
+        assert (mine - true).norm() <= 1e-3 * true.norm()
+
+
+def test_the_divergence_is_kl_and_nothing_from_itself(setting):
+    *_, predictions = setting
+    normed = predictions.embedded[:2]
+    value, slope = _kl(normed, normed, predictions.head)
+    assert abs(value) < 1e-6
+    assert slope.abs().max() < 1e-6
+    other = normed.roll(1, -1)
+    p, q = ((x.double() @ predictions.head.double().T).softmax(-1) for x in (other, normed))
+    want = (p * (p / q).log()).sum(-1).mean()
+    assert_close_in(torch.tensor([_kl(normed, other, predictions.head)[0]]), want[None], torch.float32)
+
+
+def test_a_divergence_that_is_not_finite_is_refused(setting):
+    model, make, predictions = setting
+    bad = Predictions(predictions.embedded.clone(), predictions.dense, predictions.gain, predictions.head)
+    bad.embedded[0, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match="tuning: the whole model: got a divergence of nan"):
+        tune_model(model, make(), bad, TuneSpec(model_steps=1, batch_size=72), seed=0, progress=lambda *_: None)
