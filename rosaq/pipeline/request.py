@@ -38,7 +38,7 @@ def fit_to_family(recipe: Recipe, family: Family) -> Recipe:
         f"writers do not let fold: made online, per site, with rotation {online!r} and "
         f"{salient.count_at('residual')} salient directions of its own",
         UserWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
     return replace(recipe, rotation=replace(rotation, residual=online), salient=salient)
 
