@@ -130,6 +130,10 @@ void stream_panel(const MainLoop& p, int64_t panel_idx, int64_t row0) {
     for (int m = 0; m < kRows; ++m)
         for (int sub = 0; sub < Tile::kSubs; ++sub) y[m][sub] = S::zero_f();
 
+    // What lies kPrefetchBytes beyond the scales: the codes' own prefetch begins behind it.
+    for (int64_t i = 0; i < w.layout.codes_offset; i += kLineBytes)
+        __builtin_prefetch(panel.scales + kPrefetchBytes + i, 0, 2);
+
     int64_t group = 0, left_in_group = chunks_per_group;
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
         for (int sub = 0; sub < Tile::kSubs; ++sub) {
