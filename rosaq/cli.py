@@ -59,6 +59,12 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="In-features per scale; -1 for whole rows.")] = 64,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Default: the recipe's.")] = None,
     salient: Annotated[int | None, typer.Option(help="Directions kept in 16 bits. Default: the recipe's.")] = None,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Bits per weight on average, shared out between the layers.")
+    ] = None,
+    salient_energy: Annotated[
+        float | None, typer.Option(help="Directions kept per layer: the fewest that hold this share of the energy.")
+    ] = None,
     importance: Annotated[
         str | None, typer.Option(help=f"Of tokens: {', '.join(STRATEGIES)}. Default: the recipe's.")
     ] = None,
@@ -85,6 +91,8 @@ def quantize(
         "symmetric": symmetric,
         "salient": salient,
         "importance": importance,
+        "target_bits": target_bits,
+        "salient_energy": salient_energy,
         "force": force,
         "resume": resume,
     }

@@ -63,6 +63,8 @@ def make_recipe(
     symmetric: bool | None = None,
     salient: int | None = None,
     importance: str | None = None,
+    target_bits: float | None = None,
+    salient_energy: float | None = None,
     preset: str = DEFAULT_PRESET,
 ) -> Recipe:
     """The recipe `base` (a name or a recipe of your own) with some of its choices changed; None keeps one (3 bits in
@@ -80,9 +82,14 @@ def make_recipe(
             chosen = replace(chosen, by="energy")  # without principal axes the largest channels are what there is
         chosen = replace(chosen, count=salient, online=chosen.online if salient else None)
     listened = recipe.importance if importance is None else replace(recipe.importance, strategy=importance)
+    budget = recipe.budget
+    if target_bits is not None or salient_energy is not None:
+        if salient is not None:
+            raise ValueError(f"salient: got {salient} with a budget, which chooses it, need one of them")
+        budget = replace(budget, target_bits=target_bits, energy=salient_energy)
     times = preset_of(preset).tuning
     tune = replace(recipe.tune, steps=recipe.tune.steps * times, model_steps=recipe.tune.model_steps * times)
-    return replace(recipe, quant=quant, salient=chosen, importance=listened, tune=tune)
+    return replace(recipe, quant=quant, salient=chosen, importance=listened, tune=tune, budget=budget)
 
 
 def with_counted_salient(recipe: Recipe, hidden: int) -> Recipe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rosaq.config import LinearFormat
+from rosaq.config import SUPPORTED_BITS, LinearFormat, check_bits
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,43 @@ class TuneSpec:
 
 
 @dataclass(frozen=True)
+class BudgetSpec:
+    """How bits and 16-bit directions are shared out between the sites of all blocks; with neither a target nor a share
+    all sites get `QuantSpec.bits` and `SalientSpec`'s number.
+
+    target_bits   bits per weight of the quantised linears on average, every tensor of theirs counted. Widths and
+                  directions go where they take most off the expected loss for their bits.
+    energy        directions at a site: the fewest that hold this share of its second moments.
+    most          directions at one site at most; where the recipe keeps directions, a site keeps at least one.
+    widths        of the codes that a target may choose from.
+    sequences     of the calibration text that the sites are measured on.
+    """
+
+    target_bits: float | None = None
+    energy: float | None = None
+    most: int = 16
+    widths: tuple[int, ...] = SUPPORTED_BITS
+    sequences: int = 8
+
+    def __post_init__(self) -> None:
+        if self.energy is not None and self.target_bits is not None:
+            raise ValueError(f"energy: got {self.energy} with target_bits {self.target_bits}, need one of them")
+        if self.energy is not None and not 0 < self.energy < 1:
+            raise ValueError(f"energy: got {self.energy}, need 0 < energy < 1")
+        if self.target_bits is not None and not self.target_bits > 0:
+            raise ValueError(f"target_bits: got {self.target_bits}, need a positive number")
+        if self.most < 1 or self.sequences < 1:
+            raise ValueError(f"budget: got most {self.most} and sequences {self.sequences}, need at least 1 of each")
+        for bits in self.widths:
+            check_bits(bits)
+
+    @property
+    def is_fixed(self) -> bool:
+        """True where all sites get the same."""
+        return self.target_bits is None and self.energy is None
+
+
+@dataclass(frozen=True)
 class CalibrationSpec:
     """How much text the second moments are measured on, and which windows (seed).
 
@@ -204,8 +241,11 @@ class Recipe:
     importance: ImportanceSpec = ImportanceSpec()
     moments: Literal["quantised", "dense"] = "quantised"
     tune: TuneSpec = TuneSpec()
+    budget: BudgetSpec = BudgetSpec()
 
     def __post_init__(self) -> None:
+        if not self.budget.is_fixed and self.moments != "dense":
+            raise ValueError(f"budget: got one with moments {self.moments!r}, need 'dense' (recipe rosaq-gptq)")
         if self.tunes and self.moments != "dense":
             raise ValueError(f"tune: got steps with moments {self.moments!r}, need 'dense'")
 

@@ -182,6 +182,24 @@ class BlockModel:
             for handle in hooks:
                 handle.remove()
 
+    def forward_with_outputs(self, index: int, tensors: Tensors, hidden: Tensor) -> tuple[Tensor, Tensors]:
+        """(`forward`, {linear: its own output}), all differentiable. Not for mixtures: an expert sees a few tokens."""
+        outputs: Tensors = {}
+
+        def keep(name: str) -> Any:
+            def hook(_module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> None:
+                outputs[name] = out
+
+            return hook
+
+        block = self._blocks[index]
+        hooks = [block.get_submodule(name).register_forward_hook(keep(name)) for name in self.family.linears]
+        try:
+            return self.forward(index, tensors, hidden), outputs
+        finally:
+            for handle in hooks:
+                handle.remove()
+
     def attention_received(self, index: int, tensors: Tensors, hidden: Tensor) -> Tensor:
         """Attention that each token of hidden [batch, length, d] gets in block `index`, summed over heads and
         queries, under the layer's own mask: [batch, length]. One sequence at a time: a map takes heads x length²."""

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from rosaq.checkpoint import write_hashes, write_shards
 from rosaq.config import CheckpointConfig, LinearFormat
-from rosaq.models import config_key
-from rosaq.pipeline.block import LinearReport, formats
+from rosaq.models import Family, config_key
+from rosaq.pipeline.block import LinearReport
+from rosaq.pipeline.plan import Plan
 from rosaq.pipeline.rotations import Rotations
 from rosaq.pipeline.source import DenseModel
 from rosaq.pipeline.whole_model import tuned_block_name
 from rosaq.pipeline.workspace import Workspace, block_name
 from rosaq.rotation import rotate_rows, unit_gain
 from rosaq.sharding import Cut, allowed_sizes
-from rosaq.specs import Recipe
 
 LAYERS_FILE = "rosaq_layers.json"
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
@@ -42,20 +42,20 @@ class Report:
     divergence: tuple[float, float] | None
 
 
-def write_checkpoint(model: DenseModel, recipe: Recipe, rotations: Rotations, report: Report, work: Workspace) -> None:
+def write_checkpoint(model: DenseModel, plan: Plan, report: Report, work: Workspace) -> None:
     """Write weights, config, tokenizer files and the per-layer report into the workspace's final directory."""
     final = work.final_directory()
-    write_shards(final, _tensors(model, rotations, work))
+    write_shards(final, _tensors(model, plan.rotations, work))
     for pattern in _COPIED:
         for path in model.directory.glob(pattern):
             if path.name not in _NOT_COPIED:
                 shutil.copy(path, final / path.name)
-    _write_json(final / "config.json", _config(model, recipe, rotations))
+    _write_json(final / "config.json", _config(model, plan))
     layers: dict[str, Any] = {
-        "recipe": asdict(recipe),
+        "recipe": asdict(plan.recipe),
         "rotation_error": report.rotation_error,
         "divergence": report.divergence,
-        "spectrum": None if rotations.spectrum is None else rotations.spectrum.tolist(),
+        "spectrum": None if plan.rotations.spectrum is None else plan.rotations.spectrum.tolist(),
         "blocks": report.blocks,
         "layers": [layer.to_dict() for layer in report.layers],
     }
@@ -88,20 +88,19 @@ def _tensors(model: DenseModel, rotations: Rotations, work: Workspace) -> Iterat
         yield head_name, model.to_storage(head, head_name)
 
 
-def _config(model: DenseModel, recipe: Recipe, rotations: Rotations) -> dict[str, Any]:
+def _config(model: DenseModel, plan: Plan) -> dict[str, Any]:
     """The source's config.json with the quantization_config. Where the residual stream is rotated, the last norm's gain
     lives in the head, so it is untied from the embedding."""
     config: dict[str, Any] = json.loads((model.directory / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config["dtype"] = str(model.dtype).removeprefix("torch.")
-    if rotations.residual is not None:
+    if plan.rotations.residual is not None:
         config["tie_word_embeddings"] = False
-    fmts = formats(recipe, model.blocks.family, rotations.of_block(0))
-    default = _most_common(fmts)
-    overrides = {config_key(name): fmt for name, fmt in fmts.items() if fmt != default}
-    quantization = CheckpointConfig(
-        default, overrides, (model.blocks.family.head,), recipe.name, tp_sizes=_tp_sizes(model, fmts)
-    )
+    family = plan.family
+    per_block = [plan.formats(index) for index in range(len(plan.choices))]
+    default, overrides = shared_formats(per_block, family)
+    sizes = set.intersection(*(set(_tp_sizes(model, fmts)) for fmts in per_block))
+    quantization = CheckpointConfig(default, overrides, (family.head,), plan.recipe.name, tp_sizes=tuple(sorted(sizes)))
     return config | {"quantization_config": quantization.to_dict()}
 
 
@@ -116,8 +115,21 @@ def _tp_sizes(model: DenseModel, fmts: dict[str, LinearFormat]) -> tuple[int, ..
     return allowed_sizes(linears)
 
 
-def _most_common(fmts: dict[str, LinearFormat]) -> LinearFormat:
-    return Counter(fmts.values()).most_common(1)[0][0]
+def shared_formats(
+    per_block: list[dict[str, LinearFormat]], family: Family
+) -> tuple[LinearFormat, dict[str, LinearFormat]]:
+    """(default, overrides) that say the format of every linear in few words: the most common of all, then the most
+    common of each linear under its path inside a block, then single ones under their full names."""
+    default = Counter(fmt for fmts in per_block for fmt in fmts.values()).most_common(1)[0][0]
+    overrides: dict[str, LinearFormat] = {}
+    for linear in per_block[0]:
+        usual = Counter(fmts[linear] for fmts in per_block).most_common(1)[0][0]
+        if usual != default:
+            overrides[config_key(linear)] = usual
+        for index, fmts in enumerate(per_block):
+            if fmts[linear] != usual:
+                overrides[family.block_prefix(index) + linear] = fmts[linear]
+    return default, overrides
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

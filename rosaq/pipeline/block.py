@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from rosaq.calibrate import BlockModel, importance_summary, token_importance
-from rosaq.config import LinearFormat
+from rosaq.config import LinearFormat, SalientKind
 from rosaq.layout import dequantize
 from rosaq.models import Family, Site
+from rosaq.pipeline.budget import SiteChoice
 from rosaq.pipeline.moments import SiteMoments
 from rosaq.quantizers import NotPositiveDefiniteError, energy_index, quantize_weight, quantize_with_basis
 from rosaq.rotation import BlockRotations, rotate_blocks
@@ -38,16 +39,16 @@ class LinearReport:
         return asdict(self)
 
 
-def formats(recipe: Recipe, family: Family, rotations: BlockRotations) -> dict[str, LinearFormat]:
+def formats(
+    recipe: Recipe, family: Family, rotations: BlockRotations, choices: dict[str, SiteChoice]
+) -> dict[str, LinearFormat]:
     """The format of every linear of a block, by its path inside the block."""
     quant = recipe.quant
-    plain = LinearFormat(quant.bits, quant.group_size, quant.symmetric)
     result: dict[str, LinearFormat] = {}
     for site in family.sites:
-        count = recipe.salient.count_at(site.reads)
-        fmt = replace(
-            plain, num_salient=count, salient="basis" if count and recipe.salient.is_basis(site.reads) else "index"
-        )
+        bits, count = choices[site.name].bits, choices[site.name].num_salient
+        kind: SalientKind = "basis" if count and recipe.salient.is_basis(site.reads) else "index"
+        fmt = LinearFormat(bits, quant.group_size, quant.symmetric, count, kind)
         if site.name in rotations.online:
             size = rotations.online[site.name].shape
             fmt = replace(fmt, rotation_blocks=size[0], rotation_size=size[1])
@@ -64,6 +65,7 @@ class BlockTask:
     weights: Tensors
     recipe: Recipe
     rotations: BlockRotations
+    choices: dict[str, SiteChoice]
     seed: int
     dtype: torch.dtype
 
@@ -105,7 +107,7 @@ def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
     second moments come from a forward pass through the quantised sites before it.
     """
     model, recipe, weights = task.model, task.recipe, task.weights
-    fmts = formats(recipe, model.family, task.rotations)
+    fmts = formats(recipe, model.family, task.rotations, task.choices)
     current = online(weights, model.family, task.rotations)
     # once per block, before any of its linears is quantised
     importance = [
@@ -122,7 +124,7 @@ def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
             moments.measure(current, streams.moments, importance, sites)
         for site in sites:
             try:
-                made |= _quantize_site(site, weights, moments.grams.get(site.name), recipe, task.rotations)
+                made |= _quantize_site(site, task, moments.grams.get(site.name))
             except NotPositiveDefiniteError as error:
                 raise NotPositiveDefiniteError(f"{task.name}{site.linears[0]}: {error}") from error
         for linear in (linear for site in sites for linear in site.linears):
@@ -186,19 +188,18 @@ def online(weights: Tensors, family: Family, rotations: BlockRotations) -> Tenso
     return result
 
 
-def _quantize_site(
-    site: Site, weights: Tensors, gram: Tensor | None, recipe: Recipe, rotations: BlockRotations
-) -> dict[str, Tensors]:
+def _quantize_site(site: Site, task: BlockTask, gram: Tensor | None) -> dict[str, Tensors]:
     """Quantise the linears of a site as one stacked matrix (rows are independent), and cut the result."""
-    rotation = rotations.online.get(site.name)
+    rotation, weights = task.rotations.online.get(site.name), task.weights
     w = torch.cat([weights[f"{linear}.weight"] for linear in site.linears])
-    count = recipe.salient.count_at(site.reads)
-    if count and recipe.salient.is_basis(site.reads):
+    count = task.choices[site.name].num_salient
+    quant = replace(task.recipe.quant, bits=task.choices[site.name].bits)
+    if count and task.recipe.salient.is_basis(site.reads):
         assert gram is not None
-        tensors = quantize_with_basis(w, gram, recipe.quant, count)
+        tensors = quantize_with_basis(w, gram, quant, count)
     else:
-        index = _salient_index(site, gram, recipe, count) if count else None
-        tensors = quantize_weight(w, gram, recipe.quant, index)
+        index = salient_index(site, gram, task.recipe, count) if count else None
+        tensors = quantize_weight(w, gram, quant, index)
     if rotation is not None:
         tensors["rotation"] = rotation
     shared = ("salient_index", "salient_basis", "rotation")
@@ -210,7 +211,8 @@ def _quantize_site(
     }
 
 
-def _salient_index(site: Site, gram: Tensor | None, recipe: Recipe, count: int) -> Tensor:
+def salient_index(site: Site, gram: Tensor | None, recipe: Recipe, count: int) -> Tensor:
+    """The channels of a site's input that stay in 16 bits, int64 [count]."""
     if recipe.salient.by == "eigenvalue" and site.reads == "residual" and "pca" in recipe.rotation.residual:
         return torch.arange(count)  # the folded rotation puts the principal axes first
     assert gram is not None

@@ -60,6 +60,8 @@ def quantize(
     symmetric: bool | None = None,
     salient: int | None = None,
     importance: str | None = None,
+    target_bits: float | None = None,
+    salient_energy: float | None = None,
     preset: str = DEFAULT_PRESET,
     calibration: list[str] | None = None,
     spec: CalibrationSpec | None = None,
@@ -70,7 +72,9 @@ def quantize(
     """Quantise the model in directory (or of hub name) `model` into the new directory `output`.
 
     recipe: a name of `rosaq.recipes.RECIPES`, or a `Recipe` of your own. bits, group_size, symmetric, salient,
-    importance: None keeps the recipe's choice (3 bits in groups of 64). preset: "fast", "default" or "best": how many
+    importance: None keeps the recipe's choice (3 bits in groups of 64). target_bits: bits per weight on
+    average, shared out between the sites (widths and directions). salient_energy: directions per site by the share of
+    energy they hold. preset: "fast", "default" or "best": how many
     calibration windows (unless `spec` says so) and tuning steps. calibration: documents (None: prose Python carries).
     Memory holds one block, the token stream and one shard. `output` appears complete or not at all; an interrupted
     run continues with `resume` and ends bit-identical.
@@ -86,6 +90,8 @@ def quantize(
         symmetric=symmetric,
         salient=salient,
         importance=importance,
+        target_bits=target_bits,
+        salient_energy=salient_energy,
         preset=preset,
     )
     spec = spec or CalibrationSpec(num_sequences=preset_of(preset).num_sequences)
@@ -104,10 +110,11 @@ def quantize(
     try:
         run = Run(dense, chosen, spec, input_ids, work, report)
         run.choose_rotations()
+        run.share_out_bits()
         run.quantize_blocks()
         run.tune_model()
         error = run.check_logits()
-        write_checkpoint(dense, chosen, run.rotations, Report(run.reports, run.blocks, error, run.divergence), work)
+        write_checkpoint(dense, run.plan, Report(run.reports, run.blocks, error, run.divergence), work)
         report("write", dense.blocks.sizes.num_blocks)
         work.commit()
     except BaseException:

@@ -74,6 +74,8 @@ def choose_rotations(
         assert grams is not None
         spectrum, axes = principal_axes(grams.residual)
         num_principal = recipe.salient.count_at("residual")
+        if num_principal and not recipe.budget.is_fixed:
+            num_principal = min(recipe.budget.most, sizes.hidden // 4)
         tail = pca_random_tail(grams.residual, num_principal, _generator(seed, "residual"))
         residual = axes if spec.residual == "pca" else tail
     if spec.values == "random":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from rosaq.pipeline.block import (
     LinearReport,
     Streams,
     effective_weight,
-    formats,
     online,
     quantize_block,
 )
+from rosaq.pipeline.budget import Choices, SiteChoice, same_everywhere, share_out
+from rosaq.pipeline.plan import Plan
 from rosaq.pipeline.probe import MAX_TOKENS, Probe, check_equal
 from rosaq.pipeline.rotations import Rotations, choose_rotations
+from rosaq.pipeline.site_facts import measure_sites
 from rosaq.pipeline.source import DenseModel
 from rosaq.pipeline.whole_model import tune_whole_model
 from rosaq.pipeline.workspace import Workspace, block_name
@@ -46,6 +49,7 @@ class Run:
         self._dense, self._recipe, self._spec, self._work, self._report = dense, recipe, spec, work, report
         self._ids = input_ids
         self.rotations = Rotations()
+        self.choices: Choices = same_everywhere(recipe, dense.blocks.family, dense.blocks.sizes.num_blocks)
         self.reports: list[LinearReport] = []
         self.blocks: list[dict[str, Any]] = []
         self.divergence: tuple[float, float] | None = None
@@ -69,9 +73,37 @@ class Run:
         )
         self._work.save("rotations", self.rotations.to_tensors(), {})
 
+    def share_out_bits(self) -> None:
+        """Widths and numbers of directions per site, where the recipe has a budget."""
+        budget = self._recipe.budget
+        if budget.is_fixed:
+            return
+        saved = self._work.load("choices")
+        if saved is None:
+            facts = measure_sites(
+                self._dense.blocks,
+                self._recipe,
+                self.rotations,
+                lambda index: self._rotated(index, self._dense.block(index)),
+                self._final(),
+                self._embed(self._ids[: budget.sequences], self.rotations.residual),
+                self._spec.seed,
+            )
+            self.choices = share_out(facts, budget, self._recipe.quant)
+            self._work.save("choices", {}, {"choices": [[asdict(c) for c in b.values()] for b in self.choices]})
+            return
+        names = [site.name for site in self._dense.blocks.family.sites]
+        blocks = saved[1]["choices"]
+        self.choices = [dict(zip(names, (SiteChoice(**c) for c in block), strict=True)) for block in blocks]
+
+    @property
+    def plan(self) -> Plan:
+        """What the stages so far decided."""
+        return Plan(self._dense.blocks.family, self._recipe, self.rotations, self.choices)
+
     def quantize_blocks(self) -> None:
         """All blocks in order; the finished ones of an earlier run are read back instead of made again."""
-        model, family = self._dense.blocks, self._dense.blocks.family
+        model = self._dense.blocks
         stream = self._stream(self.rotations.residual) if self._recipe.needs_tokens else []
         streams = Streams(stream, list(stream) if self._recipe.tunes else [], self._counts()[: len(stream)])
         if not self._recipe.rotation.is_identity:
@@ -88,7 +120,7 @@ class Run:
             self.blocks.append({key: values[key] for key in ("tuned", "importance", "expert_tokens")})
             if "probe.dense" in tensors:
                 self._probe = Probe(tensors.pop("probe.dense"), tensors.pop("probe.rotated"))
-            runnable = _runnable(tensors, formats(self._recipe, family, self.rotations.of_block(index)))
+            runnable = _runnable(tensors, self.plan.formats(index))
             self._advance(index, streams, outputs, runnable)
             self._report("blocks", index, _mean_db(self.reports, len(values["reports"])))
         self._dense_outputs = streams.moments
@@ -97,12 +129,11 @@ class Run:
         """All blocks together, if the recipe says so."""
         if not self._recipe.tune.model_steps:
             return
-        family, rotations = self._dense.blocks.family, self.rotations
         gain, head = self._final()
-        embedded = torch.cat(self._stream(rotations.residual))
+        embedded = torch.cat(self._stream(self.rotations.residual))
         self.divergence = tune_whole_model(
             self._dense,
-            [formats(self._recipe, family, rotations.of_block(i)) for i in range(self._dense.blocks.sizes.num_blocks)],
+            [self.plan.formats(i) for i in range(self._dense.blocks.sizes.num_blocks)],
             Predictions(embedded, torch.cat(self._dense_outputs), gain, head),
             self._recipe.tune,
             self._spec.seed,
@@ -137,7 +168,7 @@ class Run:
         model, rotations = self._dense.blocks, self.rotations.of_block(index)
         dense, dtype = self._dense.block(index), self._dense.dtype
         weights = self._rotated(index, dense)
-        task = BlockTask(model, index, weights, self._recipe, rotations, self._spec.seed, dtype)
+        task = BlockTask(model, index, weights, self._recipe, rotations, self.choices[index], self._spec.seed, dtype)
         result = quantize_block(task, streams)
         stored = result.stored
         for name, tensor in weights.items():

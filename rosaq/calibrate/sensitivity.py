@@ -1,0 +1,70 @@
+"""What a rounding error costs, token by token: squared gradients of the dense model's own predictions.
+
+An error e at some output changes the model's distribution by a divergence of about (g · e)² / 2, where g is the
+gradient of log p(y) there and y a label drawn from the model itself (its Fisher information; GuidedQuant and YAQA use
+the same fact). What is kept is |g|² of every token at the outputs of every site, and at the output of every block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rosaq.calibrate.blocks import BlockModel
+
+Tensors = dict[str, Tensor]
+BLOCK = "block"  # name of the block's own output beside those of its linears
+_TOKENS_AT_ONCE = 512  # whose logits exist at the same time: a row of them is as wide as the vocabulary
+
+
+def output_sensitivity(
+    model: BlockModel,
+    weights: Callable[[int], Tensors],
+    gain: Tensor,
+    head: Tensor,
+    hidden: Tensor,
+    generator: torch.Generator,
+) -> list[Tensors]:
+    """|g|² of every token at every output, one dict {linear or BLOCK: [batch, length]} per block.
+
+    weights(i): the dense tensors of block i. gain [d], head [vocab, d]: of the final norm and the head. hidden
+    [batch, length, d]: after the embedding. One forward sweep over the blocks and one back; memory holds the hidden
+    states of every block for this batch, and one block.
+    """
+    states = [hidden]
+    for index in range(model.sizes.num_blocks):
+        states.append(model.run(index, weights(index), states[-1]))
+    gradient = _of_predictions(model, gain, head, states.pop(), generator)
+    result: list[Tensors] = []
+    for index in reversed(range(model.sizes.num_blocks)):
+        gradient, found = _through_block(model, index, weights(index), states.pop(), gradient)
+        result.append(found)
+    return result[::-1]
+
+
+def _of_predictions(
+    model: BlockModel, gain: Tensor, head: Tensor, hidden: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Gradient of the summed log p(y) with respect to the last block's output [batch, length, d]."""
+    found = []
+    for part in hidden.flatten(0, 1).split(_TOKENS_AT_ONCE):
+        leaf = part.clone().requires_grad_()
+        normed = model.final_norm(leaf, gain)
+        probabilities = (normed.detach() @ head.T).softmax(-1)
+        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        found.append(torch.autograd.grad(normed, leaf, head[labels] - probabilities @ head)[0])
+    return torch.cat(found).view_as(hidden)
+
+
+def _through_block(
+    model: BlockModel, index: int, weights: Tensors, hidden: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensors]:
+    """(gradient at the block's input, |g|² at its outputs) from the gradient at its output."""
+    leaf = hidden.clone().requires_grad_()
+    out, outputs = model.forward_with_outputs(index, weights, leaf)
+    names = list(outputs)
+    found = torch.autograd.grad(out, [leaf, *(outputs[name] for name in names)], gradient)
+    squares = {name: g.square().sum(-1) for name, g in zip(names, found[1:], strict=True)}
+    return found[0], squares | {BLOCK: gradient.square().sum(-1)}

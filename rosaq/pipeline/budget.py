@@ -1,0 +1,171 @@
+"""Share bits and 16-bit directions out between the sites of all blocks, by what each of them buys.
+
+The price of a site is what GPTQ is expected to leave of it: sensitivity of its outputs, times the squared step of its
+grid, times the geometric mean of the second moments that are not kept (the product of the conditional variances is the
+determinant, so error feedback leaves every channel about that much). One more bit divides the squared step by 4.6; one
+more direction takes the largest eigenvalue out of the mean. Whatever takes most off the sum for its bits comes next.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rosaq.config import LinearFormat
+from rosaq.models import Family
+from rosaq.specs import BudgetSpec, QuantSpec, Recipe
+
+
+@dataclass(frozen=True, order=True)
+class SiteChoice:
+    """Width of the codes and number of 16-bit directions of one site of one block."""
+
+    bits: int
+    num_salient: int
+
+
+Choices = list[dict[str, SiteChoice]]  # one dict per block: {site name: its choice}
+
+
+def same_everywhere(recipe: Recipe, family: Family, num_blocks: int) -> Choices:
+    """What a recipe without a budget gives to every block."""
+    salient = recipe.salient
+    block = {site.name: SiteChoice(recipe.quant.bits, salient.count_at(site.reads)) for site in family.sites}
+    return [block] * num_blocks
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """One site of one block, as far as bits are concerned.
+
+    sizes           (k, n) of each of its linears.
+    base            their format, of which bits and num_salient are to be chosen.
+    sensitivity     what a unit of squared error in one of its outputs costs (any unit, the same for all sites).
+    squared_step    {bits: mean squared step of the grid}.
+    kept            [most] second moments of the directions that may be kept, largest first.
+    log_rest        [most + 1] sum of the logs of the second moments that are left with 0, 1, ... directions kept.
+    energy          trace of the second moments.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    base: LinearFormat
+    sensitivity: float
+    squared_step: dict[int, float]
+    kept: Tensor
+    log_rest: Tensor
+    energy: float
+
+    @property
+    def num_weights(self) -> int:
+        return sum(k * n for k, n in self.sizes)
+
+    def loss(self, choice: SiteChoice) -> float:
+        """Expected cost of the site's rounding errors."""
+        k, rows = self.sizes[0][0], sum(n for _, n in self.sizes)
+        left = k - choice.num_salient
+        variance = float(torch.exp(self.log_rest[choice.num_salient] / left))
+        return self.sensitivity * rows * left * variance * self.squared_step[choice.bits] / 12
+
+    def bits(self, choice: SiteChoice) -> int:
+        """Bits of every tensor of its linears, as `bits_per_weight` counts them."""
+        fmt = replace(self.base, bits=choice.bits, num_salient=choice.num_salient)
+        return sum(stored_bits(fmt, k, n) for k, n in self.sizes)
+
+    def directions_for(self, share: float) -> int:
+        """The least number of directions that hold `share` of the energy, at most all that may be kept."""
+        held = torch.cumsum(self.kept, 0) / self.energy
+        return min(len(self.kept), int((held < share).sum()) + 1) if len(self.kept) else 0
+
+
+def stored_bits(fmt: LinearFormat, in_features: int, out_features: int) -> int:
+    """Bits of all tensors of a linear but its bias."""
+    total = 0
+    for shape, dtype in fmt.tensor_shapes(in_features, out_features).values():
+        total += 8 * getattr(torch, dtype).itemsize * torch.Size(shape).numel()
+    return total
+
+
+def share_out(facts: list[dict[str, SiteFacts]], spec: BudgetSpec, quant: QuantSpec) -> Choices:
+    """The choices for all sites: under `spec.target_bits`, or directions by `spec.energy` at the width of `quant`.
+
+    ValueError naming the reachable range if the budget cannot be met.
+    """
+    if spec.target_bits is None:
+        assert spec.energy is not None
+        share = spec.energy
+        return [{s: SiteChoice(quant.bits, f.directions_for(share)) for s, f in block.items()} for block in facts]
+    sites = {(i, name): fact for i, block in enumerate(facts) for name, fact in block.items()}
+    chosen = {key: SiteChoice(min(spec.widths), min(1, len(fact.kept))) for key, fact in sites.items()}
+    weights = sum(fact.num_weights for fact in sites.values())
+    left = spec.target_bits * weights - sum(fact.bits(chosen[key]) for key, fact in sites.items())
+    least = spec.target_bits - left / weights
+    most = sum(f.bits(SiteChoice(max(spec.widths), len(f.kept))) for f in sites.values()) / weights
+    if not least <= spec.target_bits <= most:
+        raise ValueError(f"target_bits: got {spec.target_bits}, need {least:.3f} to {most:.3f} for this model")
+    waiting = [entry for key in sites for entry in _steps(key, sites[key], chosen[key], spec)]
+    heapq.heapify(waiting)
+    while waiting:
+        _, _, key, before, after = heapq.heappop(waiting)
+        if chosen[key] != before:  # offered before another step of the same site was taken
+            continue
+        cost = sites[key].bits(after) - sites[key].bits(before)
+        if cost > left:
+            continue
+        left -= cost
+        chosen[key] = after
+        for entry in _steps(key, sites[key], after, spec):
+            heapq.heappush(waiting, entry)
+    return [{name: chosen[i, name] for name in block} for i, block in enumerate(facts)]
+
+
+_Key = tuple[int, str]
+_Step = tuple[float, int, _Key, SiteChoice, SiteChoice]
+
+
+def _steps(key: _Key, fact: SiteFacts, now: SiteChoice, spec: BudgetSpec) -> list[_Step]:
+    """What a site could do next, by the loss saved for each bit (negative: heaps give the smallest)."""
+    nexts = [replace(now, bits=bits) for bits in spec.widths if bits > now.bits][:1]
+    nexts += [replace(now, num_salient=count) for count in range(now.num_salient + 1, len(fact.kept) + 1)]
+    result: list[_Step] = []
+    for number, after in enumerate(nexts):
+        saved = fact.loss(now) - fact.loss(after)
+        if saved > 0:
+            result.append((-saved / (fact.bits(after) - fact.bits(now)), number, key, now, after))
+    return result
+
+
+def spectrum_of(gram: Tensor, most: int, damping: float, order: Tensor | None) -> tuple[Tensor, Tensor, float]:
+    """(kept, log_rest, energy) of `SiteFacts` from second moments gram [k, k] float64.
+
+    order: the channels that would be kept, first to last ([most]); None: the principal directions of gram.
+    """
+    k, energy = len(gram), float(torch.diagonal(gram).sum())
+    if order is None:
+        values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+        logs = torch.log(values + damping * values[most:].mean())
+        rest = logs.sum() - torch.cat([torch.zeros(1), torch.cumsum(logs[:most], 0)])
+        return values[:most], rest, energy
+    is_kept = torch.zeros(k, dtype=torch.bool)
+    is_kept[order] = True
+    bulk = torch.nonzero(~is_kept).flatten()
+    arranged = torch.cat([bulk, order.flip(0)])  # whoever is kept first stands last, so each K is a leading part
+    damped = gram[arranged][:, arranged].clone()
+    torch.diagonal(damped).add_(damping * torch.diagonal(gram)[bulk].mean())
+    logs = 2 * torch.log(torch.diagonal(torch.linalg.cholesky(damped)))
+    sums = torch.cumsum(logs, 0)
+    rest = torch.stack([sums[k - count - 1] for count in range(most + 1)])
+    return torch.diagonal(gram)[order], rest, energy
+
+
+def squared_steps(weights: list[Tensor], quant: QuantSpec, widths: tuple[int, ...]) -> dict[int, float]:
+    """{bits: mean squared step} of the grids that span each group of `weights` [n, k], before any clipping."""
+    spans = []
+    for weight in weights:
+        groups = weight.view(len(weight), -1, weight.shape[1] if quant.group_size == -1 else quant.group_size)
+        low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+        spans.append(2 * torch.maximum(-low, high) if quant.symmetric else high - low)
+    squared = float(torch.cat([span.flatten() for span in spans]).double().square().mean())
+    return {bits: squared / (2**bits - 1) ** 2 for bits in widths}

@@ -1,0 +1,174 @@
+"""Bits and directions shared out between sites: what is predicted, that the budget is kept, what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import rosaq
+from rosaq.calibrate import BLOCK, BlockModel, output_sensitivity
+from rosaq.checkpoint import read_config
+from rosaq.config import LinearFormat
+from rosaq.linear import RosaqLinear
+from rosaq.pipeline import quantize
+from rosaq.pipeline.budget import SiteChoice, SiteFacts, share_out, spectrum_of, squared_steps, stored_bits
+from rosaq.quantizers import quantize_weight
+from rosaq.recipes import make_recipe
+from rosaq.specs import BudgetSpec, QuantSpec
+from tests.models import SMALL, save_dense, tiny_llama
+from tests.tolerances import assert_tight
+
+K, N = 64, 32
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def site(sensitivity=1.0, decay=0.0, most=4, spikes=0):
+    """Facts of a [32, 64] linear whose second moments fall like exp(-decay * i) behind `spikes` that are far larger."""
+    values = torch.exp(-decay * torch.arange(K, dtype=torch.float64))
+    values[:spikes] *= 1e4
+    kept, rest, energy = spectrum_of(torch.diag(values), most, 0.0, torch.arange(most))
+    base = LinearFormat(3, 32, num_salient=1)
+    return SiteFacts(((K, N),), base, sensitivity, {3: 1 / 49, 4: 1 / 225}, kept, rest, energy)
+
+
+def test_a_diagonal_gram_leaves_the_geometric_mean_of_what_is_not_kept():
+    fact = site(sensitivity=3.0, decay=0.5)
+    values = torch.exp(-0.5 * torch.arange(K, dtype=torch.float64))
+    for count in range(5):
+        want = 3.0 * N * (K - count) * values[count:].log().mean().exp() / 49 / 12
+        assert fact.loss(SiteChoice(3, count)) == pytest.approx(float(want), rel=1e-9)
+    assert fact.loss(SiteChoice(4, 1)) / fact.loss(SiteChoice(3, 1)) == pytest.approx(49 / 225)
+
+
+def test_principal_directions_and_channels_agree_on_a_diagonal_gram():
+    gram = torch.diag(torch.linspace(5, 1, K, dtype=torch.float64))
+    channels, basis = spectrum_of(gram, 3, 0.01, torch.arange(3)), spectrum_of(gram, 3, 0.01, None)
+    assert_tight(channels[0], basis[0])
+    assert channels[2] == pytest.approx(basis[2])
+    # the damping is a share of the mean of what is left in both
+    assert_tight(channels[1][3:], basis[1][3:])
+
+
+def test_the_bits_of_a_site_are_those_of_its_stored_tensors():
+    for fmt in (LinearFormat(3, 32, False, 2), LinearFormat(4, 64, True, 3, "basis"), LinearFormat(3, -1)):
+        shapes = fmt.tensor_shapes(K, N)
+        made = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (shape, dtype) in shapes.items()}
+        assert stored_bits(fmt, K, N) == 8 * sum(tensor.nbytes for tensor in made.values())
+
+
+def test_more_bits_go_where_errors_cost_more_and_the_budget_is_kept():
+    facts = [{"a": site(1.0), "b": site(100.0)}, {"a": site(50.0), "b": site(2.0)}]
+    least = sum(f.bits(SiteChoice(3, 1)) for block in facts for f in block.values()) / (4 * K * N)
+    chosen = share_out(facts, BudgetSpec(target_bits=least + 0.5), QuantSpec())
+    assert [[c.bits for c in block.values()] for block in chosen] == [[3, 4], [4, 3]]
+    used = sum(facts[i][name].bits(choice) for i, block in enumerate(chosen) for name, choice in block.items())
+    assert used <= (least + 0.5) * 4 * K * N
+    assert all(choice.num_salient >= 1 for block in chosen for choice in block.values())
+
+
+def test_directions_go_where_the_spectrum_is_steep():
+    facts = [{"flat": site(), "spiked": site(spikes=3)}]
+    least = facts[0]["flat"].bits(SiteChoice(3, 1)) / (K * N)
+    room = BudgetSpec(target_bits=least + 1.2 * 16 / K, widths=(3,), most=4)  # two directions more for either of them
+    chosen = share_out(facts, room, QuantSpec())
+    assert (chosen[0]["flat"].num_salient, chosen[0]["spiked"].num_salient) == (1, 3)
+
+
+def test_directions_by_energy_are_the_fewest_that_hold_the_share():
+    values = torch.exp(-0.7 * torch.arange(K, dtype=torch.float64))
+    facts = [{"a": site(decay=0.7, most=8)}]
+    for share in (0.3, 0.6, 0.9):
+        count = share_out(facts, BudgetSpec(energy=share), QuantSpec(4))[0]["a"]
+        held = torch.cumsum(values, 0) / values.sum()
+        assert count == SiteChoice(4, int((held < share).sum()) + 1)
+    assert share_out(facts, BudgetSpec(energy=0.9999), QuantSpec())[0]["a"].num_salient == 8
+
+
+def test_the_predicted_loss_is_what_gptq_leaves():
+    """On correlated inputs, without clipping, within a third; and its ratio between 3 and 4 bits."""
+    mix = torch.linalg.qr(randn(K, K))[0]
+    gram = mix * torch.exp(-0.08 * torch.arange(K, dtype=torch.float64)) @ mix.T
+    weight = randn(256, K, seed=1).float()
+    kept, rest, energy = spectrum_of(gram, 1, 0.01, torch.arange(1))
+    spec = QuantSpec(3, 32, method="gptq", clip=False)
+    steps = squared_steps([weight], spec, (3, 4))
+    fact = SiteFacts(((K, 256),), LinearFormat(3, 32), 1.0, steps, kept, rest, energy)
+    losses = {}
+    for bits in (3, 4):
+        stored = quantize_weight(weight, gram, replace(spec, bits=bits))
+        error = RosaqLinear.from_tensors(stored, LinearFormat(bits, 32)).dequantize().double() - weight
+        losses[bits] = float(((error @ gram) * error).sum())
+        assert fact.loss(SiteChoice(bits, 0)) == pytest.approx(losses[bits], rel=1 / 3)
+    assert losses[4] / losses[3] == pytest.approx(49 / 225, rel=0.2)
+
+
+def test_sensitivity_is_the_squared_gradient_of_the_predictions(tmp_path):
+    """Against autograd through the whole transformers model, for the same drawn labels."""
+    dense = tiny_llama(seed=2)
+    model = BlockModel(save_dense(tmp_path / "dense", dense))
+    dense = dense.float()
+    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    weights = [{n: t.detach() for n, t in layer.state_dict().items()} for layer in dense.model.layers]
+    gain, head = dense.model.norm.weight.detach(), dense.lm_head.weight.detach()
+    embedded = dense.model.embed_tokens(ids).detach()
+    got = output_sensitivity(model, weights.__getitem__, gain, head, embedded, torch.Generator().manual_seed(7))
+
+    outputs = {}
+    for i, layer in enumerate(dense.model.layers):
+        for name in model.family.linears:
+            layer.get_submodule(name).register_forward_hook(
+                lambda _m, _a, out, key=(i, name): outputs.update({key: out})
+            )
+        layer.register_forward_hook(lambda _m, _a, out, key=(i, BLOCK): outputs.update({key: out}))
+    logits = dense(ids).logits
+    labels = torch.multinomial(logits.detach().softmax(-1).flatten(0, 1), 1, generator=torch.Generator().manual_seed(7))
+    score = logits.flatten(0, 1).log_softmax(-1).gather(1, labels).sum()
+    keys = list(outputs)
+    for key, gradient in zip(keys, torch.autograd.grad(score, [outputs[key] for key in keys]), strict=True):
+        mine = got[key[0]][key[1]]
+        assert (mine - gradient.square().sum(-1)).norm() <= 1e-3 * mine.norm(), key
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_dense(tmp_path_factory.mktemp("dense") / "model", tiny_llama())
+
+
+def test_a_target_is_met_and_the_checkpoint_runs(dense, tmp_path):
+    made = quantize(dense, tmp_path / "out", target_bits=4.6, preset="fast", **SMALL)
+    assert 4.4 < made.bits_per_weight <= 4.6
+    formats = {(layer["bits"], layer["num_salient"]) for layer in made.layers}
+    assert {bits for bits, _ in formats} == {3, 4}
+    config = read_config(tmp_path / "out")
+    for layer in made.layers:
+        fmt = config.format_of(layer["name"])
+        assert (fmt.bits, fmt.num_salient) == (layer["bits"], layer["num_salient"])
+    assert rosaq.evaluate(tmp_path / "out", reference=dense, windows=2, context=32, text=SMALL["calibration"]).kl < 1
+    again = quantize(dense, tmp_path / "again", target_bits=4.6, preset="fast", **SMALL)
+    assert again.layers == made.layers
+
+
+def test_directions_by_energy_end_to_end(dense, tmp_path):
+    made = quantize(dense, tmp_path / "out", salient_energy=0.5, preset="fast", **SMALL)
+    counts = {layer["num_salient"] for layer in made.layers}
+    assert len(counts) > 1
+    assert {layer["bits"] for layer in made.layers} == {3}
+    saved = json.loads((tmp_path / "out" / "rosaq_layers.json").read_text())
+    assert saved["recipe"]["budget"]["energy"] == 0.5
+
+
+def test_refusals(dense, tmp_path):
+    with pytest.raises(ValueError, match=r"target_bits: got 3\.0, need [34]\.\d+ to \d+\.\d+ for this model"):
+        quantize(dense, tmp_path / "low", target_bits=3.0, preset="fast", **SMALL)
+    with pytest.raises(ValueError, match="salient: got 3 with a budget, which chooses it"):
+        make_recipe(salient=3, target_bits=3.5)
+    with pytest.raises(ValueError, match=r"energy: got 0\.5 with target_bits 3\.5, need one of them"):
+        make_recipe(salient_energy=0.5, target_bits=3.5)
+    with pytest.raises(ValueError, match=r"energy: got 1\.5, need 0 < energy < 1"):
+        BudgetSpec(energy=1.5)
+    with pytest.raises(ValueError, match="budget: got one with moments 'quantised', need 'dense'"):
+        make_recipe("gptq", target_bits=3.5)
