@@ -16,7 +16,7 @@ from rosaq.pipeline import quantize
 from rosaq.pipeline.probe import TOLERANCE
 from rosaq.recipes import RECIPES, make_recipe
 from rosaq.specs import CalibrationSpec, TuneSpec
-from tests.models import SMALL, TEXT, save_dense, tiny_llama, tiny_mistral
+from tests.models import SMALL, TEXT, byte_level_tokenizer, save_dense, tiny_llama, tiny_mistral
 from tests.tolerances import assert_same_function
 
 
@@ -110,6 +110,26 @@ def test_the_report_tells_what_tuning_and_importance_did(made):
     assert (gains != 1).any()
     blocks = json.loads((made["gptq"][0] / "rosaq_layers.json").read_text())["blocks"]
     assert blocks == [{"tuned": None, "importance": None, "expert_tokens": None}] * 2
+
+
+def test_the_report_has_the_spectrum_with_and_without_sinks(made, tmp_path):
+    """A model with a token, "0", whose vector is a hundred times longer than any other."""
+    dense = tiny_llama(seed=4)
+    with torch.no_grad():
+        dense.model.embed_tokens.weight[byte_level_tokenizer()("0")["input_ids"][0]] *= 100
+    model = save_dense(tmp_path / "dense", dense)
+    text = [("a quick brown fox " * 5 + "0") * 40]
+    quantize(model, tmp_path / "out", preset="fast", salient=4, **(SMALL | {"calibration": text}))
+    spectrum = json.loads((tmp_path / "out" / "rosaq_layers.json").read_text())["spectrum"]
+    assert 0.005 < spectrum["sink_share"] < 0.03  # one token in 91
+    assert len(spectrum["all_tokens"]) == len(spectrum["without_sinks"]) == 64
+    assert spectrum["all_tokens"] != spectrum["without_sinks"]
+    for values in (spectrum["all_tokens"], spectrum["without_sinks"]):
+        assert values == sorted(values, reverse=True)
+        assert sum(values) == pytest.approx(64, rel=0.2)  # what a norm leaves of a token
+    calm = json.loads((made["rosaq"][0] / "rosaq_layers.json").read_text())["spectrum"]
+    assert calm["sink_share"] == 0
+    assert calm["all_tokens"] == pytest.approx(calm["without_sinks"])
 
 
 def test_presets_are_more_or_less_work(dense, tmp_path):

@@ -55,7 +55,7 @@ def write_checkpoint(model: DenseModel, plan: Plan, report: Report, work: Worksp
         "recipe": asdict(plan.recipe),
         "rotation_error": report.rotation_error,
         "divergence": report.divergence,
-        "spectrum": None if plan.rotations.spectrum is None else plan.rotations.spectrum.tolist(),
+        "spectrum": None if plan.rotations.spectrum is None else plan.rotations.spectrum.to_dict(),
         "blocks": report.blocks,
         "layers": [layer.to_dict() for layer in report.layers],
     }

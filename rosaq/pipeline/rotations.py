@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,26 +22,44 @@ from rosaq.rotation import (
 )
 from rosaq.specs import Recipe, RotationSpec
 
+_SINK = 256  # times the median energy
 _ONLINE = "online."
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues [d] of the residual stream's second moments, descending: of all tokens, and without attention sinks
+    (None where nothing else was left); sink_share: of the tokens, over all blocks."""
+
+    all_tokens: Tensor
+    without_sinks: Tensor | None
+    sink_share: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the report."""
+        without = None if self.without_sinks is None else self.without_sinks.tolist()
+        return {"all_tokens": self.all_tokens.tolist(), "without_sinks": without, "sink_share": self.sink_share}
 
 
 @dataclass(frozen=True)
 class Rotations:
     """residual [d, d] float64, shared by all blocks; values[i] [num_kv_heads, head_dim, head_dim] float64 of block i;
-    online {site name: [1, b, b] float16}, the same in every block. spectrum: eigenvalues of the residual second
-    moments, descending (PCA only)."""
+    online {site name: [1, b, b] float16}, the same in every block. spectrum: None without PCA."""
 
     residual: Tensor | None = None
     values: list[Tensor] | None = None
     online: dict[str, Tensor] = field(default_factory=dict)
-    spectrum: Tensor | None = None
+    spectrum: Spectrum | None = None
 
     def of_block(self, index: int) -> BlockRotations:
         return BlockRotations(self.residual, self.values[index] if self.values else None, self.online)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """For the workspace; inverse of `from_tensors`."""
-        named = {"residual": self.residual, "spectrum": self.spectrum}
+        named = {"residual": self.residual}
+        if self.spectrum is not None:
+            named |= {"spectrum": self.spectrum.all_tokens, "calm_spectrum": self.spectrum.without_sinks}
+            named["sink_share"] = torch.tensor(self.spectrum.sink_share, dtype=torch.float64)
         named |= {f"{_ONLINE}{site}": block for site, block in self.online.items()}
         if self.values:
             named["values"] = torch.stack(self.values)
@@ -50,7 +69,10 @@ class Rotations:
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Rotations:
         values = list(tensors["values"]) if "values" in tensors else None
         online = {name.removeprefix(_ONLINE): tensor for name, tensor in tensors.items() if name.startswith(_ONLINE)}
-        return cls(tensors.get("residual"), values, online, tensors.get("spectrum"))
+        spectrum = None
+        if "spectrum" in tensors:
+            spectrum = Spectrum(tensors["spectrum"], tensors.get("calm_spectrum"), float(tensors["sink_share"]))
+        return cls(tensors.get("residual"), values, online, spectrum)
 
 
 def choose_rotations(
@@ -67,12 +89,14 @@ def choose_rotations(
     grams = (
         _measure(model, recipe, stream, counts, progress) if "pca" in spec.residual or spec.values == "pca" else None
     )
-    residual, spectrum, values = None, None, None
+    residual, values, spectrum = None, None, None
     if spec.residual == "random":
         residual = random_orthogonal(sizes.hidden, _generator(seed, "residual"))
     elif "pca" in spec.residual:
         assert grams is not None
-        spectrum, axes = principal_axes(grams.residual)
+        eigenvalues, axes = principal_axes(grams.residual)
+        without = None if grams.calm is None else principal_axes(grams.calm)[0]
+        spectrum = Spectrum(eigenvalues, without, grams.sink_share)
         num_principal = recipe.salient.count_at("residual")
         if num_principal and not recipe.budget.is_fixed:
             num_principal = min(recipe.budget.most, sizes.hidden // 4)
@@ -104,6 +128,8 @@ def _online_blocks(model: DenseModel, spec: RotationSpec) -> dict[str, Tensor]:
 @dataclass(frozen=True)
 class _Grams:
     residual: Tensor  # [d, d], averaged over all sites that read the residual stream
+    calm: Tensor | None  # the same without the sinks; None where nothing else is left
+    sink_share: float
     values: list[Tensor]  # per block [num_kv_heads, head_dim, head_dim]
 
 
@@ -120,12 +146,15 @@ def _measure(
     wanted = [site for site in family.sites_reading("residual") if not site.expert]
     if recipe.rotation.values == "pca":
         wanted += family.sites_reading("values")
-    residual, values = Gram(sizes.hidden), []
+    residual, calm, values = Gram(sizes.hidden), Gram(sizes.hidden), []
+    num_sinks, num_tokens = 0, 0
     for index in range(sizes.num_blocks):
         weights = fold_norms(model.block(index), family)
         heads = [Gram(sizes.head_dim) for _ in range(sizes.num_kv_heads)]
         for i, hidden in enumerate(stream):
             importance = token_importance(model.blocks, index, weights, hidden, recipe.importance, counts[i])
+            is_calm = ~is_sink(hidden).flatten()
+            num_sinks, num_tokens = num_sinks + int((~is_calm).sum()), num_tokens + len(is_calm)
             inputs, out = model.blocks.inputs_of(index, weights, hidden, wanted, stop=False, route_all=True)
             assert out is not None
             stream[i] = out
@@ -133,12 +162,20 @@ def _measure(
                 x = inputs[site.name].x
                 if site.reads == "residual":
                     residual.add_tokens(Tokens(x, importance))
+                    calm.add_tokens(Tokens(x, importance).reordered(is_calm.nonzero().flatten()))
                 else:
                     _add_heads(heads, x, sizes.head_dim)
         if recipe.rotation.values == "pca":
             values.append(torch.stack([gram.mean() for gram in heads]))
         progress(index)
-    return _Grams(residual.mean(), values)
+    return _Grams(residual.mean(), calm.mean() if calm.has_tokens else None, num_sinks / num_tokens, values)
+
+
+def is_sink(hidden: Tensor) -> Tensor:
+    """bool [batch, length]: tokens whose vector in hidden [batch, length, d] has over 256 times the median energy of
+    its batch, as attention sinks and other massive activations do."""
+    energy = hidden.square().sum(-1)
+    return energy > _SINK * energy.median()
 
 
 def _add_heads(grams: list[Gram], x: Tensor, head_dim: int) -> None:

@@ -105,7 +105,7 @@ class Run:
         """All blocks in order; the finished ones of an earlier run are read back instead of made again."""
         model = self._dense.blocks
         stream = self._stream(self.rotations.residual) if self._recipe.needs_tokens else []
-        streams = Streams(stream, list(stream) if self._recipe.tunes else [], self._counts()[: len(stream)])
+        streams = Streams(stream, list(stream) if self._recipe.tune.steps else [], self._counts()[: len(stream)])
         if not self._recipe.rotation.is_identity:
             ids = self._ids[:1, :MAX_TOKENS]
             self._probe = Probe(self._embed(ids, None), self._embed(ids, self.rotations.residual))
