@@ -107,7 +107,7 @@ class RosaqHfQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         if self._has_experts:  # each is loaded for itself, so nothing is to be merged
             weight_conversions = [c for c in weight_conversions if not isinstance(c, WeightConverter)]
-        return list(super().update_weight_conversions(weight_conversions, model))
+        return list(super().update_weight_conversions(weight_conversions, model))  # type: ignore[no-untyped-call]
 
     # --- a dense checkpoint, rounded to nearest as its tensors come ------------------------------------------------
 
@@ -161,7 +161,7 @@ class RosaqHfQuantizer(HfQuantizer):
         if missing:
             raise ValueError(f"{missing[0]}.weight: got no such tensor in the checkpoint, need it")
         if self._has_experts:
-            model._weight_conversions = []  # saved under the names in memory, whatever they were on disk
+            vars(model)["_weight_conversions"] = []  # saved under the names in memory, whatever they were on disk
         # The ops have no gradient: one that skips every quantised layer is worse than none.
         model.requires_grad_(False)
         return model
