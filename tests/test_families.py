@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import rosaq
 from rosaq.calibrate import BlockModel
 from rosaq.experts import Experts, replace_fused
+from rosaq.integrations.transformers import RosaqConfig
 from rosaq.linear import RosaqLinear
 from rosaq.models import FAMILIES
 from rosaq.pipeline import quantize
@@ -234,6 +235,22 @@ def test_moments_of_an_expert_are_those_of_the_tokens_routed_to_it(name, dense):
     everything, _ = source.blocks.inputs_of(0, source.block(0), hidden, sites, route_all=True)
     assert all(given.x.shape[0] == INPUT_IDS.numel() for given in everything.values())
     assert len(everything) == 8
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_rounded_while_a_dense_checkpoint_loads(name, dense, tmp_path):
+    config = RosaqConfig(4, 32)
+    model = AutoModelForCausalLM.from_pretrained(dense[name], dtype=torch.float16, quantization_config=config)
+    assert sum(isinstance(module, RosaqLinear) for module in model.modules()) == 32
+    model.save_pretrained(tmp_path / "saved")
+    assert rosaq.verify(tmp_path / "saved").is_sound
+    quantize(dense[name], tmp_path / "rtn", recipe="rtn", bits=4, **SMALL)
+    one, other = (load_file(tmp_path / d / "model.safetensors") for d in ("saved", "rtn"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    fused = save_family(tmp_path / "fused", load(dense[name]), save_original_format=False)
+    with pytest.raises(ValueError, match=r"experts\.0\..*: got no such tensor in the checkpoint, need it"):
+        AutoModelForCausalLM.from_pretrained(fused, quantization_config=RosaqConfig(4, 32))
 
 
 def test_the_router_stays_in_16_bits_and_reads_the_rotated_stream(made, dense):

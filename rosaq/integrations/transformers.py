@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -85,7 +86,7 @@ class RosaqHfQuantizer(HfQuantizer):
         else:
             check_roundable(config)
         skip = [*config.modules_to_not_convert, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
-        if self.pre_quantized and all(should_convert_module(path, skip) for path, _ in fused(model)):
+        if all(should_convert_module(path, skip) for path, _ in fused(model)):
             self._has_experts = bool(replace_fused(model))
         for name, module in list(model.named_modules()):
             if type(module) is not nn.Linear or not should_convert_module(name, skip):
@@ -102,6 +103,11 @@ class RosaqHfQuantizer(HfQuantizer):
 
     def _config(self) -> CheckpointConfig:
         return CheckpointConfig.from_dict(self.quantization_config.to_dict())
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        if self._has_experts:  # each is loaded for itself, so nothing is to be merged
+            weight_conversions = [c for c in weight_conversions if not isinstance(c, WeightConverter)]
+        return list(super().update_weight_conversions(weight_conversions, model))  # type: ignore[no-untyped-call]
 
     # --- a dense checkpoint, rounded to nearest as its tensors come ------------------------------------------------
 
@@ -151,9 +157,11 @@ class RosaqHfQuantizer(HfQuantizer):
                 keep_local_tensors(name, module)
             module.check(name)
             module.pack()
-        missing = [name for name in self._rounded if not isinstance(model.get_submodule(name), RosaqLinear)]
+        missing = sorted(n for n in self._rounded if not isinstance(model.get_submodule(n), RosaqLinear))
         if missing:
             raise ValueError(f"{missing[0]}.weight: got no such tensor in the checkpoint, need it")
+        if self._has_experts:
+            vars(model)["_weight_conversions"] = []  # saved under the names in memory, whatever they were on disk
         # The ops have no gradient: one that skips every quantised layer is worse than none.
         model.requires_grad_(False)
         return model

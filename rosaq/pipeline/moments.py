@@ -45,7 +45,8 @@ class SiteMoments:
         unseen = [site for site in sites if not grams[site.name].has_tokens]
         if unseen and all(site.expert is not None for site in unseen):
             grams |= self._pass(weights, stream, importance, unseen, route_all=True)[0]
-        self.grams |= {name: gram.mean() for name, gram in grams.items()}
+        for site in sites:  # one at a time: sums and means of all experts together would be twice the memory
+            self.grams[site.name] = grams.pop(site.name).mean()
         self._warn(sites, unseen)
         return outputs
 
