@@ -1,5 +1,7 @@
 """Passkey retrieval: the prompt, both scores against models whose memory is known, and refusals."""
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -13,8 +15,8 @@ TOKENIZER = ByteTokenizer()
 
 
 class Memory(nn.Module):
-    """A byte model that has read everything: after a text ending in "key is", it writes the digits that came after
-    the first "key is " it saw at most `reach` bytes ago, else zeros."""
+    """A byte model that answers "key is" with the digits after the first "key is " of its cache, if that lies at most
+    `reach` bytes back, and with zeros else."""
 
     def __init__(self, reach):
         super().__init__()
@@ -23,22 +25,20 @@ class Memory(nn.Module):
     def forward(self, input_ids, past_key_values=None, use_cache=False):
         del use_cache
         cache = past_key_values if past_key_values is not None else DynamicCache()
-        seen = input_ids.view(1, 1, -1, 1).float()
-        keys, _ = cache.update(seen, seen, 0)
+        keys, _ = cache.update(*[input_ids.view(1, 1, -1, 1).float()] * 2, 0)
         history = bytes(int(value) for value in keys.flatten())
-        rows = [self.next_of(history[:end]) for end in range(len(history) - input_ids.shape[1] + 1, len(history) + 1)]
-        logits = torch.full((1, len(rows), 256), -10.0)
-        for row, byte in enumerate(rows):
-            logits[0, row, byte] = 10.0
+        ends = range(len(history) - input_ids.shape[1] + 1, len(history) + 1)
+        logits = torch.full((1, len(ends), 256), -10.0)
+        for row, end in enumerate(ends):
+            logits[0, row, self.after(history[:end])] = 10.0
         return type("Output", (), {"logits": logits + self.bias, "past_key_values": cache})()
 
-    def next_of(self, history):
-        question = history.rfind(b"key is")
-        written = history[question + len(b"key is") :]
-        found = history.find(b"key is ")
-        if found == question or len(history) - found > self.reach or not b" 00000".startswith(written[:1]):
-            return b" 00000"[min(len(written), 5)]
-        return history[found + len(b"key is ") :][: len(b"12345")].join([b" ", b""])[min(len(written), 5)]
+    def after(self, history):
+        question, needle = history.rfind(b"key is"), history.find(b"key is ")
+        known = 0 <= needle < question and len(history) - needle <= self.reach
+        key = history[needle + 7 : needle + 12] if known else b"00000"
+        written = len(history) - question - len(b"key is")
+        return (b" " + key)[min(written, 5)]
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.3, 0.5, 1.0])
@@ -77,8 +77,6 @@ def test_scores_read_from_the_cache_are_those_of_whole_texts():
     """The likelihoods that rank the keys, against one forward pass per candidate."""
     model, decoys = tiny_llama(), 5
     result = find_passkeys(model, length=250, depths=[0.5], keys=1, decoys=decoys, seed=3, tokenizer=TOKENIZER)
-    import random
-
     numbers = [str(n) for n in random.Random(3).sample(range(10000, 100000), decoys + 1)]
     prompt = passkey_prompt(TOKENIZER, numbers[0], 250 - 6, 0.5)
 

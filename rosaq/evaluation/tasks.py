@@ -70,7 +70,7 @@ def run_tasks(
         task_manager=manager,
         num_fewshot=num_fewshot,
         limit=limit,
-        bootstrap_iters=0,
+        bootstrap_iters=1000,  # only for errors of metrics that are no mean, as perplexity
         log_samples=False,
     )
     return [
@@ -98,8 +98,9 @@ def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) ->
         raise ValueError(f"tasks: got {tasks!r}, need a list of names, for example {list(COMMON_TASKS[:2])}")
     if include_path is not None and not Path(include_path).is_dir():
         raise FileNotFoundError(f"include_path: got {str(include_path)!r}, need a directory of task definitions")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("tasks: got no lm_eval package, need: pip install 'rosaq[tasks]'")
+    for package in ("lm_eval", "accelerate"):  # the second is in lm-eval's own extra for models of transformers
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"tasks: got no {package} package, need: pip install 'rosaq[tasks]'")
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(include_path) if include_path is not None else None)
