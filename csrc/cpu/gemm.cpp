@@ -81,6 +81,10 @@ struct Steps {
 
     void rotate(const float* t, float* rotated, int64_t ldt) const {
         const int64_t b = args.rotation_size, batches = args.weight.k / b;
+        // One token's blocks lie one after the other: as the rows of one product they share every read of the
+        // matrix.
+        if (args.m == 1 && args.rotation_blocks == 1)
+            return dense({t, b, batches, b, b, 1, args.rotation, true, rotated, b});
         dense({t, ldt, args.m, b, b, batches, args.rotation, args.rotation_blocks == 1, rotated, ldt});
     }
 
