@@ -13,7 +13,7 @@ from tests.models import save_rosaq
 
 PACKAGE = Path(rosaq.__file__).parent
 SHARED = {"config", "specs", "layout"}
-RUN_TIME = {"reference", "ops", "sharding", "linear", "checkpoint", "integrations"}
+RUN_TIME = {"reference", "ops", "sharding", "linear", "siblings", "checkpoint", "integrations"}
 OFFLINE = {"models", "rotation", "calibrate", "quantizers", "tuning", "pipeline", "recipes"}
 BESIDE = {"text", "verification", "conversion", "evaluation", "report", "doctor", "demo", "cli"}
 
@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "ops": {"config", "_C"},
     "sharding": {"config"},
     "linear": {"config", "specs", "layout", "ops", "sharding"},
+    "siblings": {"ops", "linear"},
     "checkpoint": {"config", "layout"},
-    "integrations": {"config", "specs", "linear", "checkpoint", "sharding"},
+    "integrations": {"config", "specs", "linear", "siblings", "checkpoint", "sharding"},
     "models": {"config"},
     "rotation": {"config", "models"},
     "calibrate": {"config", "specs", "layout", "models"},

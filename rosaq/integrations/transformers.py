@@ -22,6 +22,7 @@ from rosaq.checkpoint import INDEX_FILE, SINGLE_FILE, WeightReader, linear_sizes
 from rosaq.config import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig
 from rosaq.integrations.transformers_rounding import RoundToNearest, check_roundable
 from rosaq.linear import RosaqLinear
+from rosaq.siblings import join_siblings
 
 
 class RosaqConfig(QuantizationConfigMixin):
@@ -149,6 +150,7 @@ class RosaqHfQuantizer(HfQuantizer):
         missing = [name for name in self._rounded if not isinstance(model.get_submodule(name), RosaqLinear)]
         if missing:
             raise ValueError(f"{missing[0]}.weight: got no such tensor in the checkpoint, need it")
+        join_siblings(model)
         # The ops have no gradient: one that skips every quantised layer is worse than none.
         model.requires_grad_(False)
         return model
