@@ -4,7 +4,8 @@
 
 A row: median milliseconds of torch's linear (bfloat16 and x's dtype), of aten::_weight_int4pack_mm_for_cpu, and of
 fused_gemm for 4 and 3 bits in both precisions; the speedups; and the share of the measured read bandwidth that reading
-the packed weight once would be (`read_bandwidth.cpp`). Candidates take turns in one process and every call reads another copy of its weight.
+the packed weight once would be (`read_bandwidth.cpp`). Candidates take turns in one process and every call reads
+another copy of its weight.
 """
 
 from __future__ import annotations

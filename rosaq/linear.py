@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from rosaq.config import LinearFormat
 from rosaq.layout import dequantize
 from rosaq.sharding import Piece
 from rosaq.specs import QuantSpec
+
+if TYPE_CHECKING:
+    from rosaq.siblings import Siblings
 
 PACKED_NAMES = ("qweight", "scales", "zeros")
 
@@ -68,6 +71,7 @@ class RosaqLinear(nn.Module):
                 value.fill_(torch.nan)
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
         self.register_buffer("packed", None, persistent=False)
+        self.siblings: Siblings | None = None  # see rosaq/siblings.py
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], format: LinearFormat, *, name: str = "linear") -> RosaqLinear:
@@ -115,6 +119,9 @@ class RosaqLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [.., k] float16, bfloat16 or float32 -> y [.., n] of the same dtype."""
         packed = self._buffers["packed"]
+        siblings = self.siblings
+        if siblings is not None and not torch.compiler.is_compiling() and not x.is_inference():
+            return siblings.compute(self, x)
         if packed is None:
             self.check(type(self).__name__)
             if self.is_offloaded:
@@ -159,15 +166,19 @@ class RosaqLinear(nn.Module):
             self._parameters[name] = None
 
     def unpack(self) -> None:
-        """Packed -> loaded, bit-exact; nothing where it is loaded already."""
+        """Packed -> loaded, bit-exact; nothing where it is loaded already. Siblings part, as tensors may change now."""
         if self.packed is None:
             return
+        if self.siblings is not None:
+            self.siblings.part()
         for name, tensor in self._disk_tensors().items():
             self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         self.packed = None
 
     def hold_shard(self, tensors: dict[str, Tensor], format: LinearFormat, name: str) -> None:
         """Hold one rank's tensors, cut as `rosaq.sharding` tells, in place of all of them; ValueError as `check`."""
+        if self.siblings is not None:
+            self.siblings.part()
         out_features, num_words = tensors["qweight"].shape
         self.held, self.format = (num_words * 32 // format.bits, out_features), format
         self.tensor_shapes = format.tensor_shapes(*self.held, bias="bias" in tensors)
@@ -250,6 +261,7 @@ class RosaqLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """The loaded state: what is pickled here may be read where another backend is active."""
         state = self.__dict__.copy()
+        state["siblings"] = None  # a copy of one is no copy of the others
         if self.packed is not None:
             rebuilt = {name: nn.Parameter(t, requires_grad=False) for name, t in self._disk_tensors().items()}
             state["_parameters"] = {**self._parameters, **rebuilt}

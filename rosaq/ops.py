@@ -22,6 +22,7 @@ except ImportError as error:
     ) from error
 
 MIN_CAPABILITY = (8, 0)
+MAX_WEIGHTS = 8  # of one fused_gemms; kMaxWeights in csrc/cpu/gemm.h
 _fused_gemm = torch.ops.rosaq.fused_gemm.default  # looked up once: it is called for every layer of every token
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -108,6 +109,40 @@ def fused_gemm(
         salient_basis,
         rotation,
         bias,
+        out_features,
+        bits,
+        group_size,
+        symmetric,
+    )
+
+
+def fused_gemms(
+    x: Tensor,
+    packed: list[Tensor],
+    salient_weights: list[Tensor],
+    salient_index: Tensor | None = None,
+    salient_basis: Tensor | None = None,
+    rotation: Tensor | None = None,
+    biases: list[Tensor] | None = None,
+    *,
+    out_features: list[int],
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+) -> list[Tensor]:
+    """`fused_gemm` of one x with 1 to 8 weights, CPU only: the same bits, what is made of x made once.
+
+    packed, out_features one a weight; salient_weights and biases too, or empty. The other arguments hold for all
+    weights. RuntimeError for anything that does not fit.
+    """
+    return torch.ops.rosaq.fused_gemms.default(  # type: ignore[no-any-return]
+        x,
+        packed,
+        salient_weights,
+        salient_index,
+        salient_basis,
+        rotation,
+        biases or [],
         out_features,
         bits,
         group_size,
@@ -207,6 +242,43 @@ def _fake_fused_gemm(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+def _fake_fused_gemms(
+    x: Tensor,
+    packed: list[Tensor],
+    salient_weights: list[Tensor],
+    salient_index: Tensor | None,
+    salient_basis: Tensor | None,
+    rotation: Tensor | None,
+    biases: list[Tensor],
+    out_features: list[int],
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+) -> list[Tensor]:
+    op, count = "rosaq::fused_gemms", len(packed)
+    _need(1 <= count <= MAX_WEIGHTS, f"{op}: packed: got {count} weights, need 1 to {MAX_WEIGHTS}")
+    _need(len(out_features) == count, f"{op}: out_features: got {len(out_features)}, need {count}, one for each weight")
+    for name, tensors in (("salient_weights", salient_weights), ("biases", biases)):
+        fits = len(tensors) in (0, count)
+        _need(fits, f"{op}: {name}: got {len(tensors)}, need none or {count}, one for each weight")
+    return [
+        _fake_fused_gemm(
+            x,
+            packed[i],
+            salient_weights[i] if salient_weights else None,
+            salient_index,
+            salient_basis,
+            rotation,
+            biases[i] if biases else None,
+            out_features[i],
+            bits,
+            group_size,
+            symmetric,
+        )
+        for i in range(count)
+    ]
+
+
 def _fake_pack(codes: Tensor, bits: int) -> Tensor:
     _check_bits("pack", bits)
     _need(
@@ -229,6 +301,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "prepack": _fake_prepack,
     "unprepack": _fake_unprepack,
     "fused_gemm": _fake_fused_gemm,
+    "fused_gemms": _fake_fused_gemms,
     "pack": _fake_pack,
     "unpack": _fake_unpack,
 }

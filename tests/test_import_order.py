@@ -13,7 +13,7 @@ from tests.models import save_rosaq
 
 PACKAGE = Path(rosaq.__file__).parent
 SHARED = {"config", "specs", "layout"}
-RUN_TIME = {"reference", "ops", "sharding", "linear", "experts", "checkpoint", "integrations"}
+RUN_TIME = {"reference", "ops", "sharding", "linear", "siblings", "experts", "checkpoint", "integrations"}
 OFFLINE = {"models", "rotation", "calibrate", "quantizers", "tuning", "pipeline", "recipes"}
 BESIDE = {
     "text",
@@ -38,9 +38,10 @@ MAY_IMPORT = {
     "ops": {"config", "_C"},
     "sharding": {"config"},
     "linear": {"config", "specs", "layout", "ops", "sharding"},
+    "siblings": {"ops", "linear"},
     "experts": set(),
     "checkpoint": {"config", "layout"},
-    "integrations": {"config", "specs", "linear", "experts", "checkpoint", "sharding"},
+    "integrations": {"config", "specs", "linear", "siblings", "experts", "checkpoint", "sharding"},
     "models": {"config"},
     "rotation": {"config", "models"},
     "calibrate": {"config", "specs", "layout", "experts", "models"},

@@ -170,10 +170,21 @@ def opcheck_args() -> dict[str, tuple[object, ...]]:
         "unpack": (linear.qweight, 3),
         "prepack": (linear.qweight, linear.scales, linear.zeros, 3),
         "fused_gemm": (torch.randn(2, 3, 64), linear.packed(), *optional, 24, 3, 32, False),
+        "fused_gemms": (
+            torch.randn(2, 64),
+            [linear.packed(), linear.packed()],
+            [torch.randn(24, 4).half(), torch.randn(24, 4).half()],
+            *optional[1:4],
+            [],
+            [24, 24],
+            3,
+            32,
+            False,
+        ),
     }
 
 
-@pytest.mark.parametrize("op", ["pack", "unpack", "prepack", "fused_gemm"])
+@pytest.mark.parametrize("op", ["pack", "unpack", "prepack", "fused_gemm", "fused_gemms"])
 def test_opcheck(op: str) -> None:
     torch.library.opcheck(getattr(torch.ops.rosaq, op).default, opcheck_args()[op])
 

@@ -60,7 +60,8 @@ Workspace plan(const FusedGemmArgs& a) {
 }
 
 struct Steps {
-    const FusedGemmArgs& args;
+    const FusedGemmArgs& args;  // the first of `count`
+    const int count;
     const KernelTable& kernels;
     const Parallel& parallel;
 
@@ -81,6 +82,10 @@ struct Steps {
 
     void rotate(const float* t, float* rotated, int64_t ldt) const {
         const int64_t b = args.rotation_size, batches = args.weight.k / b;
+        // One token's blocks lie one after the other: as the rows of one product they share every read of the
+        // matrix.
+        if (args.m == 1 && args.rotation_blocks == 1)
+            return dense({t, b, batches, b, b, 1, args.rotation, true, rotated, b});
         dense({t, ldt, args.m, b, b, batches, args.rotation, args.rotation_blocks == 1, rotated, ldt});
     }
 
@@ -91,9 +96,28 @@ struct Steps {
             for (int64_t j = 0; j < args.r; ++j) s[row * lds + j] = t[row * ldt + args.salient_index[j]];
     }
 
+    // units_of(weight): how many units a weight has; kernel: the main loop that runs them.
+    template <class UnitsOf>
+    void all_weights(const MainLoop& shared, int64_t least, UnitsOf units_of,
+                     void (*kernel)(const MainLoop& p, int64_t begin, int64_t end)) const {
+        int64_t first[kMaxWeights + 1] = {0};
+        for (int i = 0; i < count; ++i) first[i + 1] = first[i] + units_of((&args)[i].weight);
+        parallel(first[count], least, [&](int64_t begin, int64_t end) {
+            for (int i = 0; i < count; ++i) {
+                const int64_t from = begin > first[i] ? begin : first[i],
+                              to = end < first[i + 1] ? end : first[i + 1];
+                if (from >= to) continue;
+                MainLoop p = shared;
+                p.args = &args + i;
+                kernel(p, from - first[i], to - first[i]);
+            }
+        });
+    }
+
     void block(const MainLoop& p) const {
-        parallel(ceil_div(args.weight.layout.num_panels, kernels.block_panels), 1,
-                 [&](int64_t begin, int64_t end) { kernels.block_gemm(p, begin, end); });
+        all_weights(
+            p, 1, [&](const PackedWeight& w) { return ceil_div(w.layout.num_panels, kernels.block_panels); },
+            kernels.block_gemm);
     }
 
     void stream(MainLoop& p, char* base, const Workspace& at) const {
@@ -108,20 +132,21 @@ struct Steps {
         parallel(padded_tokens(args.m, p.digits.tile_rows), grain(w.k), [&](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row) kernels.make_digits(p, row);
         });
-        parallel(w.layout.num_panels, grain(w.k * kPanelRows),
-                 [&](int64_t begin, int64_t end) { kernels.stream_gemm(p, begin, end); });
+        all_weights(
+            p, grain(w.k * kPanelRows), [](const PackedWeight& each) { return each.layout.num_panels; },
+            kernels.stream_gemm);
     }
 
     void words(MainLoop& p, char* base, const Workspace& at) const {
-        const PackedWeight& w = args.weight;
         p.words = {padded_tokens(args.m, kernels.word_tile_rows), kernels.word_tile_rows,
                    reinterpret_cast<int16_t*>(base + at.integers), reinterpret_cast<float*>(base + at.units)};
-        parallel(p.words.tokens, grain(w.k), [&](int64_t begin, int64_t end) {
+        parallel(p.words.tokens, grain(args.weight.k), [&](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row) kernels.make_words(p, row);
         });
-        const int64_t tokens = word_unit_tokens(args.m, kernels.word_tile_rows);
-        parallel(ceil_div(w.n, kernels.word_cols) * ceil_div(args.m, tokens), 1,
-                 [&](int64_t begin, int64_t end) { kernels.word_gemm(p, begin, end); });
+        const int64_t passes = ceil_div(args.m, word_unit_tokens(args.m, kernels.word_tile_rows));
+        all_weights(
+            p, 1, [&](const PackedWeight& w) { return ceil_div(w.n, kernels.word_cols) * passes; },
+            kernels.word_gemm);
     }
 };
 
@@ -131,11 +156,12 @@ int64_t workspace_bytes(const FusedGemmArgs& args) {
     return plan(args).total;
 }
 
-void fused_gemm(const FusedGemmArgs& args, void* workspace, const Parallel& parallel) {
-    if (args.m == 0 || args.weight.n == 0) return;
+void fused_gemm(const FusedGemmArgs* all, int count, void* workspace, const Parallel& parallel) {
+    const FusedGemmArgs& args = all[0];
+    if (args.m == 0) return;
     const Workspace plan_ = plan(args);
     char* base = static_cast<char*>(workspace);
-    const Steps steps{args, active_kernels(), parallel};
+    const Steps steps{args, count, active_kernels(), parallel};
 
     const int64_t ldt = padded(args.weight.k);
     float* t = reinterpret_cast<float*>(base + plan_.t);

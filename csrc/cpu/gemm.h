@@ -7,9 +7,14 @@
 
 namespace rosaq::cpu {
 
-// Bytes of scratch that fused_gemm needs for these arguments (64-byte aligned).
+// Weights that one call may multiply x with.
+constexpr int kMaxWeights = 8;
+
+// Bytes of scratch that fused_gemm needs for these arguments (64-byte aligned); those of any of its weights.
 int64_t workspace_bytes(const FusedGemmArgs& args);
 
-void fused_gemm(const FusedGemmArgs& args, void* workspace, const Parallel& parallel);
+// The products of one x with `count` weights. They differ in n, scale_dtype, panels, salient_weight, bias and
+// y alone: what is made of x is made once, and all panels are one parallel loop.
+void fused_gemm(const FusedGemmArgs* args, int count, void* workspace, const Parallel& parallel);
 
 }  // namespace rosaq::cpu

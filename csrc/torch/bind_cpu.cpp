@@ -9,6 +9,7 @@ namespace rosaq::bind {
 namespace {
 
 constexpr const char* kOp = kFusedGemm;
+constexpr const char* kGemms = "rosaq::fused_gemms";
 
 // Scratch up to here (one token of a 4096-wide layer) lies on the stack: an allocation costs about a
 // microsecond.
@@ -39,6 +40,21 @@ void check_index(const FusedGemmArgs& args) {
                     args.weight.k - 1);
 }
 
+void run(FusedGemmArgs* args, int count) {
+    for (int i = 0; i < count; ++i)
+        args[i].int8_activations = cpu::active_precision() == cpu::Precision::kInt8;
+    const int64_t bytes = cpu::workspace_bytes(args[0]);
+    const cpu::Parallel parallel{run_on_torch_threads};
+    alignas(64) char small[kSmallScratchBytes];
+    if (bytes <= kSmallScratchBytes) {
+        cpu::fused_gemm(args, count, small, parallel);
+    } else {
+        const std::vector<int64_t> shape{bytes};
+        const Tensor scratch = torch::stable::empty(shape, ScalarType::Byte);
+        cpu::fused_gemm(args, count, scratch.mutable_data_ptr(), parallel);
+    }
+}
+
 Tensor fused_gemm(const Tensor& x, const Tensor& packed, std::optional<Tensor> salient_weight,
                   std::optional<Tensor> salient_index, std::optional<Tensor> salient_basis,
                   std::optional<Tensor> rotation, std::optional<Tensor> bias, int64_t out_features,
@@ -46,23 +62,49 @@ Tensor fused_gemm(const Tensor& x, const Tensor& packed, std::optional<Tensor> s
     const PackedWeight weight = check_packed(packed, out_features, bits, group_size, symmetric);
     check_cpu(kOp, "x", x);
     FusedGemmCall call(weight, x, salient_weight, salient_index, salient_basis, rotation, bias);
-    FusedGemmArgs& args = call.args;
-    check_index(args);
-
+    check_index(call.args);
     Tensor y = call.empty_y();
-    args.y = y.mutable_data_ptr();
-    args.int8_activations = cpu::active_precision() == cpu::Precision::kInt8;
-    const int64_t bytes = cpu::workspace_bytes(args);
-    const cpu::Parallel parallel{run_on_torch_threads};
-    alignas(64) char small[kSmallScratchBytes];
-    if (bytes <= kSmallScratchBytes) {
-        cpu::fused_gemm(args, small, parallel);
-    } else {
-        const std::vector<int64_t> shape{bytes};
-        const Tensor scratch = torch::stable::empty(shape, ScalarType::Byte);
-        cpu::fused_gemm(args, scratch.mutable_data_ptr(), parallel);
-    }
+    call.args.y = y.mutable_data_ptr();
+    run(&call.args, 1);
     return y;
+}
+
+std::optional<Tensor> nth(const std::vector<Tensor>& tensors, size_t i) {
+    return tensors.empty() ? std::nullopt : std::optional<Tensor>(tensors[i]);
+}
+
+std::vector<Tensor> fused_gemms(const Tensor& x, const std::vector<Tensor>& packed,
+                                const std::vector<Tensor>& salient_weights,
+                                std::optional<Tensor> salient_index, std::optional<Tensor> salient_basis,
+                                std::optional<Tensor> rotation, const std::vector<Tensor>& biases,
+                                const std::vector<int64_t>& out_features, int64_t bits, int64_t group_size,
+                                bool symmetric) {
+    const size_t count = packed.size();
+    ROSAQ_CHECK(count >= 1 && count <= cpu::kMaxWeights, kGemms, ": packed: got ", count,
+                " weights, need 1 to ", cpu::kMaxWeights);
+    ROSAQ_CHECK(out_features.size() == count, kGemms, ": out_features: got ", out_features.size(), ", need ",
+                count, ", one for each weight");
+    for (const auto& [name, tensors] : {std::pair("salient_weights", &salient_weights), {"biases", &biases}})
+        ROSAQ_CHECK(tensors->empty() || tensors->size() == count, kGemms, ": ", name, ": got ",
+                    tensors->size(), ", need none or ", count, ", one for each weight");
+    check_cpu(kGemms, "x", x);
+    std::vector<FusedGemmCall> calls;
+    std::vector<FusedGemmArgs> args;
+    std::vector<Tensor> ys;
+    calls.reserve(count);
+    for (size_t i = 0; i < count; ++i) {
+        const PackedWeight weight = check_packed(packed[i], out_features[i], bits, group_size, symmetric);
+        const FusedGemmCall& call = calls.emplace_back(weight, x, nth(salient_weights, i), salient_index,
+                                                       salient_basis, rotation, nth(biases, i));
+        args.push_back(call.args);
+        ROSAQ_CHECK(args[i].r == args[0].r, kGemms, ": salient_weights: got ", args[i].r, " columns at [", i,
+                    "], need ", args[0].r, " as at [0]");
+        ys.push_back(call.empty_y());
+        args[i].y = ys[i].mutable_data_ptr();
+    }
+    check_index(args[0]);
+    run(args.data(), static_cast<int>(count));
+    return ys;
 }
 
 }  // namespace
@@ -70,4 +112,5 @@ Tensor fused_gemm(const Tensor& x, const Tensor& packed, std::optional<Tensor> s
 
 STABLE_TORCH_LIBRARY_IMPL(rosaq, CPU, m) {
     m.impl("fused_gemm", TORCH_BOX(&rosaq::bind::fused_gemm));
+    m.impl("fused_gemms", TORCH_BOX(&rosaq::bind::fused_gemms));
 }

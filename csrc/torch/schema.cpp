@@ -9,6 +9,11 @@ STABLE_TORCH_LIBRARY(rosaq, m) {
         "salient_basis, "
         "Tensor? rotation, Tensor? bias, int out_features, int bits, int group_size, bool symmetric) -> "
         "Tensor");
+    m.def(
+        "fused_gemms(Tensor x, Tensor[] packed, Tensor[] salient_weights, Tensor? salient_index, Tensor? "
+        "salient_basis, Tensor? rotation, Tensor[] biases, int[] out_features, int bits, int group_size, "
+        "bool "
+        "symmetric) -> Tensor[]");
     m.def("pack(Tensor codes, int bits) -> Tensor");
     m.def("unpack(Tensor qweight, int bits) -> Tensor");
 }

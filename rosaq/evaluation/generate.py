@@ -31,6 +31,6 @@ def continue_text(
         raise ValueError("prompt: got no tokens, need some text")
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode, where linears that read the same x do not share a call
         ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))

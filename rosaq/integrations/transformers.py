@@ -24,6 +24,7 @@ from rosaq.config import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig
 from rosaq.experts import fused, plan_experts, replace_fused
 from rosaq.integrations.transformers_rounding import RoundToNearest, check_roundable
 from rosaq.linear import RosaqLinear
+from rosaq.siblings import join_siblings
 
 
 class RosaqConfig(QuantizationConfigMixin):
@@ -162,6 +163,7 @@ class RosaqHfQuantizer(HfQuantizer):
             raise ValueError(f"{missing[0]}.weight: got no such tensor in the checkpoint, need it")
         if self._has_experts:
             vars(model)["_weight_conversions"] = []  # saved under the names in memory, whatever they were on disk
+        join_siblings(model)
         # The ops have no gradient: one that skips every quantised layer is worse than none.
         model.requires_grad_(False)
         return model

@@ -1,0 +1,72 @@
+"""Tokens per second of greedy decoding on the CPU: torch against rosaq with and without shared calls. Writes JSON.
+
+    python benchmarks/bench_generate.py MODEL --threads 2 --out results.json
+
+MODEL is a dense checkpoint; INT4 is rounded to nearest while loading, since only time is measured. The candidates take
+turns; a round generates --tokens tokens after a prompt of 8; the figure is the median round's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import machine, medians
+from transformers import AutoModelForCausalLM
+
+from rosaq.integrations.transformers import RosaqConfig
+
+
+def load(path: Path, dtype: torch.dtype, group_size: int | None, *, shared: bool = True) -> Any:
+    """The dense model where group_size is None, else INT4."""
+    config = None if group_size is None else RosaqConfig(bits=4, group_size=group_size)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config).eval()
+    for module in () if shared else model.modules():
+        if getattr(module, "siblings", None) is not None:
+            module.siblings.part()
+    return model
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=None)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    models = {
+        "torch_bfloat16": load(args.model, torch.bfloat16, None),
+        "int4_bfloat16_each_alone": load(args.model, torch.bfloat16, args.group_size, shared=False),
+        "int4_bfloat16": load(args.model, torch.bfloat16, args.group_size),
+    }
+    prompt = torch.arange(100, 108)[None]
+
+    def generate(model: Any) -> torch.Tensor:
+        length = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens}
+        ids: torch.Tensor = model.generate(prompt, do_sample=False, **length)
+        return ids
+
+    alone, shared = generate(models["int4_bfloat16_each_alone"]), generate(models["int4_bfloat16"])
+    if not torch.equal(alone, shared):
+        raise SystemExit(f"shared calls: got {shared.tolist()}, need {alone.tolist()}")
+    seconds = medians({name: lambda model=model: generate(model) for name, model in models.items()}, args.rounds)
+    rates = {name: round(args.tokens / s, 1) for name, s in seconds.items()}
+    setting = {"model": args.model.name, "group_size": args.group_size, "tokens": args.tokens}
+    result = {"machine": machine(), "setting": setting, "tokens_per_second": rates}
+    print(json.dumps(result))
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
