@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -96,15 +98,30 @@ def quantize(
         "force": force,
         "resume": resume,
     }
-    with quantize_progress() as progress:
+    with process_group() as is_first, quantize_progress() as progress:
         result = rosaq.quantize(
             model, output, calibration=_calibration(calibration, documents), spec=spec, progress=progress, **request
         )
+    if not is_first:  # one of several processes tells what all of them made
+        return
     Console().print(quantize_table(result.to_dict()))
     typer.echo(f"compare it with the original: rosaq eval {output} --reference {model}")
     if json_file:
         asked = request | {"model": model, "calibration": calibration, "documents": documents, "spec": vars(spec)}
         write_record(json_file, "quantize", asked, result.to_dict())
+
+
+@contextmanager
+def process_group() -> Iterator[bool]:
+    """The processes that torchrun started together, if it did; True on the first one, which speaks for all."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield True
+        return
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield torch.distributed.get_rank() == 0
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _calibration(path: Path | None, documents: str | None) -> list[str]:

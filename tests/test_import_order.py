@@ -23,6 +23,7 @@ BESIDE = {
     "report",
     "doctor",
     "demo",
+    "__main__",
     "cli",
     "cli_eval",
     "cli_options",
@@ -78,6 +79,7 @@ MAY_IMPORT = {
     "report": {"config", "checkpoint"},
     "doctor": {"_C", "ops", "report"},
     "demo": {"rosaq", "config", "specs", "evaluation", "report"},
+    "__main__": {"cli"},
     "cli_options": set(),
     "cli_eval": {"cli_options", "evaluation", "report"},
     "cli": {

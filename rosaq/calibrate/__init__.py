@@ -3,6 +3,15 @@
 from rosaq.calibrate.blocks import BlockModel, SiteInput
 from rosaq.calibrate.gram import Gram, Tokens
 from rosaq.calibrate.importance import importance_from_scores, importance_summary, token_importance
+from rosaq.calibrate.ranks import (
+    average_gradients,
+    is_first_rank,
+    mean_over_ranks,
+    num_ranks,
+    own_share,
+    sum_over_ranks,
+    wait_for_all,
+)
 from rosaq.calibrate.sensitivity import BLOCK, output_sensitivity
 
 __all__ = [
@@ -11,8 +20,15 @@ __all__ = [
     "Gram",
     "SiteInput",
     "Tokens",
+    "average_gradients",
     "importance_from_scores",
     "importance_summary",
+    "is_first_rank",
+    "mean_over_ranks",
+    "num_ranks",
     "output_sensitivity",
+    "own_share",
+    "sum_over_ranks",
+    "wait_for_all",
     "token_importance",
 ]

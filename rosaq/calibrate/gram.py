@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rosaq.calibrate.ranks import sum_over_ranks
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -72,6 +74,12 @@ class Gram:
             for start in range(0, x.shape[1], _COLUMNS_AT_ONCE):
                 rows = chunk[:, start : start + _COLUMNS_AT_ONCE]
                 self._sum[start : start + _COLUMNS_AT_ONCE, start:] += rows.T @ chunk[:, start:]
+
+    def sum_over_ranks(self) -> Gram:
+        """This gram, of the tokens that were added on any rank. To be called once, on every rank."""
+        self._sum = sum_over_ranks(self._sum)
+        self._weight = float(sum_over_ranks(torch.tensor(self._weight, dtype=torch.float64)))
+        return self
 
     @property
     def has_tokens(self) -> bool:

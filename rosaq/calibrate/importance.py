@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rosaq.calibrate.blocks import BlockModel
+from rosaq.calibrate.ranks import gather
 from rosaq.specs import ImportanceSpec
 
 
@@ -74,7 +75,7 @@ def importance_summary(importance: list[Tensor | None]) -> dict[str, Any] | None
     given = [weight for weight in importance if weight is not None]
     if not given:
         return None
-    weights = torch.cat(given).double()
+    weights = gather(torch.cat(given)).double()
     bins = torch.bucketize(weights, 2.0 ** torch.arange(-2.0, 7.0, dtype=torch.float64), right=True)
     share = torch.bincount(bins, minlength=10).double() / len(weights)
     effective = weights.sum().square() / (len(weights) * weights.square().sum())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from rosaq.calibrate import BlockModel, Gram, SiteInput, Tokens
+from rosaq.calibrate import BlockModel, Gram, SiteInput, Tokens, is_first_rank, sum_over_ranks
 from rosaq.models import Site
 from rosaq.rotation import BlockRotations, rotate_blocks
 from rosaq.specs import ImportanceSpec
@@ -77,7 +78,15 @@ class SiteMoments:
                     if not route_all:
                         self._counts[site.name] = self._counts.get(site.name, 0) + len(found[site.name].x)
                     self._add(grams[site.name], site, found[site.name], weight)
-        return grams, outputs
+        if not route_all:
+            self._sum_counts([site for site in sites if site.expert is not None])
+        return {name: gram.sum_over_ranks() for name, gram in grams.items()}, outputs
+
+    def _sum_counts(self, sites: Sequence[Site]) -> None:
+        """Tokens of experts, on all ranks together."""
+        if sites:
+            counts = sum_over_ranks(torch.tensor([self._counts.get(site.name, 0) for site in sites]))
+            self._counts |= {site.name: int(count) for site, count in zip(sites, counts, strict=True)}
 
     def _add(self, gram: Gram, site: Site, given: SiteInput, weight: Tensor | None) -> None:
         x = given.x
@@ -98,7 +107,7 @@ class SiteMoments:
         firsts = [site for site in sites if site.expert is not None and site.reads == "residual"]
         sizes = self._model.linear_sizes()
         few = [site for site in firsts if self._counts.get(site.name, 0) < sizes[site.linears[0]][0]]
-        if not few:
+        if not few or not is_first_rank():
             return
         named = ", ".join(f"{site.expert} ({self._counts.get(site.name, 0)})" for site in few[:_NAMED])
         more = f" and {len(few) - _NAMED} more" if len(few) > _NAMED else ""

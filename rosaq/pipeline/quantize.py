@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rosaq.calibrate import is_first_rank
 from rosaq.checkpoint import bits_per_weight, total_bytes
 from rosaq.pipeline.assemble import Report, write_checkpoint
 from rosaq.pipeline.request import calibration_windows, check_formats, fit_to_family, request_of
@@ -79,6 +80,9 @@ def quantize(
     Memory holds one block, the token stream and one shard. `output` appears complete or not at all; an interrupted
     run continues with `resume` and ends bit-identical.
 
+    Under torch.distributed (`torchrun -m rosaq quantize ...`) every process calibrates on its share of the sequences,
+    on a file system that all of them see; second moments are summed in float64.
+
     Raises ValueError, FileNotFoundError or OSError naming the argument, what it got and what it needs.
     """
     started = time.monotonic()
@@ -103,7 +107,7 @@ def quantize(
     work = Workspace(output, request_of(dense, chosen, spec, input_ids), force=force, resume=resume)
 
     def report(stage: str, block: int, error_db: float | None = None, total: int | None = None) -> None:
-        if progress is not None:
+        if progress is not None and is_first_rank():
             total = dense.blocks.sizes.num_blocks if total is None else total
             progress(ProgressEvent(stage, block, total, error_db, time.monotonic() - started))
 
@@ -114,7 +118,8 @@ def quantize(
         run.quantize_blocks()
         run.tune_model()
         error = run.check_logits()
-        write_checkpoint(dense, run.plan, Report(run.reports, run.blocks, error, run.divergence), work)
+        if is_first_rank():
+            write_checkpoint(dense, run.plan, Report(run.reports, run.blocks, error, run.divergence), work)
         report("write", dense.blocks.sizes.num_blocks)
         work.commit()
     except BaseException:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import BlockModel
+from rosaq.calibrate import BlockModel, num_ranks
 from rosaq.config import LinearFormat
 from rosaq.models import Family
 from rosaq.pipeline.source import DenseModel
@@ -61,6 +61,12 @@ def calibration_windows(dense: DenseModel, calibration: list[str] | None, spec: 
     ids = token_windows(tokenizer, documents, spec.num_sequences, spec.sequence_length, spec.seed)
     if spec.sequence_length > 1 and not (ids != ids[:, :1]).any():
         raise ValueError(f"calibration: got {len(ids)} sequences of one repeated token each, need text")
+    num_batches = -(-len(ids) * spec.expansion // spec.batch_size)
+    if num_batches < num_ranks():
+        raise ValueError(
+            f"num_sequences: got {spec.num_sequences} in {num_batches} batches of {spec.batch_size} for {num_ranks()} "
+            "processes, need at least one batch each"
+        )
     # RSQ's expansion: what an attention sink or an early position hides in one copy is in plain sight in another
     return torch.cat([ids.roll(k * spec.sequence_length // spec.expansion, 1) for k in range(spec.expansion)])
 
@@ -71,6 +77,7 @@ def request_of(dense: DenseModel, recipe: Recipe, spec: CalibrationSpec, input_i
     return {
         "recipe": asdict(recipe),
         "calibration": asdict(spec),
+        "ranks": num_ranks(),
         "tokens": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest(),
         "model": config,
         "weights": {path.name: _fingerprint(path) for path in sorted(dense.directory.glob("*.safetensors"))},

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import Gram, Tokens, token_importance
+from rosaq.calibrate import Gram, Tokens, mean_over_ranks, token_importance
 from rosaq.pipeline.source import DenseModel
 from rosaq.rotation import (
     BlockRotations,
@@ -166,9 +166,11 @@ def _measure(
                 else:
                     _add_heads(heads, x, sizes.head_dim)
         if recipe.rotation.values == "pca":
-            values.append(torch.stack([gram.mean() for gram in heads]))
+            values.append(torch.stack([gram.sum_over_ranks().mean() for gram in heads]))
         progress(index)
-    return _Grams(residual.mean(), calm.mean() if calm.has_tokens else None, num_sinks / num_tokens, values)
+    residual, calm = residual.sum_over_ranks(), calm.sum_over_ranks()
+    sink_share = mean_over_ranks(num_sinks / num_tokens)
+    return _Grams(residual.mean(), calm.mean() if calm.has_tokens else None, sink_share, values)
 
 
 def is_sink(hidden: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rosaq.calibrate import num_ranks, own_share
 from rosaq.config import LinearFormat
 from rosaq.pipeline.block import (
     BlockTask,
@@ -61,8 +62,8 @@ class Run:
         if saved is not None:
             self.rotations = Rotations.from_tensors(saved[0])
             return
-        enough = max(1, _AXES_TOKENS // (self._spec.batch_size * self._spec.sequence_length))
-        stream = self._stream(None)[:enough] if self._recipe.needs_tokens else []
+        enough = max(num_ranks(), _AXES_TOKENS // (self._spec.batch_size * self._spec.sequence_length))
+        stream = self._stream(None, enough) if self._recipe.needs_tokens else []
         self.rotations = choose_rotations(
             self._dense,
             self._recipe,
@@ -221,11 +222,14 @@ class Run:
     def _counts(self) -> list[Tensor]:
         """How often each calibration token occurs, in the batches of the stream."""
         counts = torch.bincount(self._ids.flatten())[self._ids]
-        return list(counts.split(self._spec.batch_size))
+        return own_share(list(counts.split(self._spec.batch_size)))
 
-    def _stream(self, residual: Tensor | None) -> list[Tensor]:
-        """Hidden states after the embedding, one tensor [batch, length, hidden] per batch."""
-        return list(self._embed(self._ids, residual).split(self._spec.batch_size))
+    def _stream(self, residual: Tensor | None, most: int | None = None) -> list[Tensor]:
+        """Hidden states after the embedding, one tensor [batch, length, hidden] for each of this rank's batches (of the
+        first `most`)."""
+        batches = own_share(list(self._ids.split(self._spec.batch_size))[:most])
+        hidden = self._embed(torch.cat(batches), residual)
+        return list(hidden.split([len(batch) for batch in batches]))
 
 
 def _runnable(tensors: Tensors, fmts: dict[str, LinearFormat]) -> Tensors:

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rosaq.calibrate import is_first_rank, wait_for_all
+
 Tensors = dict[str, Tensor]
 
 
@@ -28,18 +30,25 @@ class Workspace:
         self._request = json.loads(json.dumps(request))
         self._force = force
         check_output(output, force=force)
+        wait_for_all()  # every rank looks before the first one writes
+        if is_first_rank():
+            self._open(force=force, resume=resume)
+        wait_for_all()
+
+    def _open(self, *, force: bool, resume: bool) -> None:
+        """An empty directory with the request in it, or the one of the run to go on with."""
         if self.directory.exists():
             if resume:
                 self._check_request()
                 return
             if not force:
                 raise ValueError(
-                    f"output: got an unfinished run for {output} in {self.directory}, need resume (--resume) to go on "
-                    "with it or force (--force) to discard it"
+                    f"output: got an unfinished run for {self.output} in {self.directory}, need resume (--resume) to "
+                    "go on with it or force (--force) to discard it"
                 )
             shutil.rmtree(self.directory)
         elif resume:
-            raise ValueError(f"resume: got no unfinished run for {output} (looked for {self.directory})")
+            raise ValueError(f"resume: got no unfinished run for {self.output} (looked for {self.directory})")
         self.directory.mkdir(parents=True)
         (self.directory / "request.json").write_text(json.dumps(self._request, indent=2) + "\n", encoding="utf-8")
 
@@ -67,7 +76,14 @@ class Workspace:
             ) from error
 
     def save(self, name: str, tensors: Tensors, values: dict[str, Any]) -> None:
-        """Save a finished step; it appears under its name only when it is complete."""
+        """Save a finished step; it appears under its name only when it is complete. All ranks come here with the same,
+        the first one writes."""
+        wait_for_all()  # no rank may find this step finished while another one is about to make it
+        if is_first_rank():
+            self._write(name, tensors, values)
+        wait_for_all()
+
+    def _write(self, name: str, tensors: Tensors, values: dict[str, Any]) -> None:
         path = self.directory / f"{name}.safetensors"
         partial = path.with_suffix(".writing")
         owned = {key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()}
@@ -93,7 +109,7 @@ class Workspace:
 
     def discard_if_empty(self) -> None:
         """Remove the directory when not a single block is finished: there is nothing to resume."""
-        if self.directory.exists() and self.num_finished_blocks() == 0:
+        if is_first_rank() and self.directory.exists() and self.num_finished_blocks() == 0:
             shutil.rmtree(self.directory)
 
     def final_directory(self) -> Path:
@@ -105,6 +121,11 @@ class Workspace:
 
     def commit(self) -> None:
         """Put the written checkpoint in the output's place and remove the rest."""
+        if is_first_rank():
+            self._rename()
+        wait_for_all()
+
+    def _rename(self) -> None:
         check_output(self.output, force=self._force)
         replaced = self.output.parent / f".{self.output.name}.replaced"
         if self.output.exists():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import BlockModel
+from rosaq.calibrate import BlockModel, mean_over_ranks
 from rosaq.specs import TuneSpec
 from rosaq.tuning.descent import descend, draw_batches
 from rosaq.tuning.linear import TunedLinear
@@ -110,7 +110,7 @@ def block_loss(model: BlockModel, index: int, block: TunedBlock, tokens: TuningT
     weights, tensors, total = tokens.weights(), block.tensors(), 0.0
     for batch in torch.arange(len(tokens.inputs)).split(_SEQUENCES_AT_ONCE):
         total += float(_loss(model, index, tensors, tokens, weights, batch, bf16=False)) * len(batch)
-    return total / len(tokens.inputs)
+    return mean_over_ranks(total / len(tokens.inputs))
 
 
 def _loss(

@@ -8,15 +8,18 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from rosaq.calibrate import average_gradients, mean_over_ranks, num_ranks
 from rosaq.specs import TuneSpec
 
 
 def draw_batches(num_sequences: int, steps: int, spec: TuneSpec, seed: int) -> list[Tensor]:
     """Batches of sequence numbers, one per step: every sequence once before any comes again, at most `spec.passes`
-    times over all of them."""
+    times over all of them. With several ranks each draws its part of a step from its own sequences."""
     generator = torch.Generator().manual_seed(seed)
-    size, waiting, batches = min(spec.batch_size, num_sequences), torch.empty(0, dtype=torch.int64), []
-    for _ in range(min(steps, max(1, spec.passes * num_sequences // size))):
+    size = min(max(1, spec.batch_size // num_ranks()), num_sequences)
+    most = round(mean_over_ranks(max(1, spec.passes * num_sequences // size)))  # the same number of steps everywhere
+    waiting, batches = torch.empty(0, dtype=torch.int64), list[Tensor]()
+    for _ in range(min(steps, most)):
         if len(waiting) < size:
             waiting = torch.cat([waiting, torch.randperm(num_sequences, generator=generator)])
         batches.append(waiting[:size])
@@ -34,6 +37,7 @@ def descend(groups: Iterable[tuple[Tensor, float]], batches: list[Tensor]) -> It
             group["lr"] = rate * _share(step, len(batches))
         optimizer.zero_grad()
         yield batch
+        average_gradients(tensor for tensor, _ in trainable)
         optimizer.step()
 
 

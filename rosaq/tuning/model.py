@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rosaq.calibrate import BlockModel
+from rosaq.calibrate import BlockModel, mean_over_ranks
 from rosaq.specs import TuneSpec
 from rosaq.tuning.block import TunedBlock
 from rosaq.tuning.descent import descend, draw_batches
@@ -103,4 +103,4 @@ def _divergence(model: BlockModel, blocks: list[TunedBlock], predictions: Predic
         own = model.final_norm(_run(model, blocks, predictions.embedded[one]), predictions.gain)
         wanted = model.final_norm(predictions.dense[one], predictions.gain)
         total += _kl(own, wanted, predictions.head)[0]
-    return total / len(sequences)
+    return mean_over_ranks(total / len(sequences))
