@@ -133,3 +133,16 @@ def test_bad_requests_are_refused(tmp_path, checkpoint):
         verify(tmp_path / "none")
     with pytest.raises(ValueError, match="sample: got -1"):
         verify(checkpoint, sample=-1)
+
+
+def test_a_model_without_a_parallel_plan_is_not_called_unsound(tmp_path, monkeypatch):
+    checkpoint = save_rosaq(tmp_path, default=LinearFormat(3, 32))
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"]["tp_sizes"] = [1, 2]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert verify(checkpoint).is_sound
+    monkeypatch.setattr("rosaq.integrations.transformers_model.ModelShape.rank_counts", lambda *_: ())
+    verdict = verify(checkpoint)
+    assert verdict.is_sound
+    (check,) = [check for check in verdict.checks if check.name == "tensor parallel"]
+    assert check.status == "unknown"

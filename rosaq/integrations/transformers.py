@@ -87,7 +87,8 @@ class RosaqHfQuantizer(HfQuantizer):
         else:
             check_roundable(config)
         skip = [*config.modules_to_not_convert, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
-        if all(should_convert_module(path, skip) for path, _ in fused(model)):
+        can_split = self.pre_quantized or hasattr(HfQuantizer, "update_weight_conversions")  # 5.0 has not
+        if can_split and all(should_convert_module(path, skip) for path, _ in fused(model)):
             self._has_experts = bool(replace_fused(model))
         for name, module in list(model.named_modules()):
             if type(module) is not nn.Linear or not should_convert_module(name, skip):
@@ -105,10 +106,11 @@ class RosaqHfQuantizer(HfQuantizer):
     def _config(self) -> CheckpointConfig:
         return CheckpointConfig.from_dict(self.quantization_config.to_dict())
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """args: the model, in newer versions of transformers."""
         if self._has_experts:  # each is loaded for itself, so nothing is to be merged
             weight_conversions = [c for c in weight_conversions if not isinstance(c, WeightConverter)]
-        return list(super().update_weight_conversions(weight_conversions, model))  # type: ignore[no-untyped-call]
+        return list(super().update_weight_conversions(weight_conversions, *args))  # type: ignore[no-untyped-call]
 
     # --- a dense checkpoint, rounded to nearest as its tensors come ------------------------------------------------
 

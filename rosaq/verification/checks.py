@@ -132,11 +132,11 @@ def _check_model(directory: Path, config: CheckpointConfig, reader: WeightReader
         return
     yield Check("model", "ok", f"{shape.name}: every tensor is there")
     possible = shape.rank_counts(config)
-    if config.tp_sizes and config.tp_sizes != possible:
+    if not possible:
+        yield Check("tensor parallel", "unknown", "transformers has no plan for this model")
+    elif config.tp_sizes and config.tp_sizes != possible:
         told = f"tp_sizes: got {list(config.tp_sizes)}, need {list(possible)}"
         yield Check("tensor parallel", "failed", told)
-    elif not possible:
-        yield Check("tensor parallel", "unknown", "transformers has no plan for this model")
     else:
         yield Check("tensor parallel", "ok", f"sizes {', '.join(map(str, possible))}")
 
