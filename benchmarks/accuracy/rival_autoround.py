@@ -39,7 +39,10 @@ def main() -> None:
         enable_torch_compile=False,
         seed=0,
     )
-    rounding.quantize_and_save(str(arguments.output), format="auto_gptq")
+    # It writes into a folder below the one that it is given, named after the model.
+    staging = arguments.output.with_name(f"{arguments.output.name}.partial")
+    rounding.quantize_and_save(str(staging), format="auto_gptq")
+    next(staging.rglob("config.json")).parent.rename(arguments.output)
     print(f"quantised in {time.perf_counter() - begin:.0f} s")
 
 

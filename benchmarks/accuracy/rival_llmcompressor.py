@@ -17,6 +17,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -41,6 +42,9 @@ def main() -> None:
     parser.add_argument("--observer", default="memoryless_mse", help="how a group's range is found")
     arguments = parser.parse_args()
 
+    if not torch.accelerator.is_available():
+        # AWQ pins its cache for quicker copies to a GPU, which torch refuses without one; nothing else depends on it.
+        IntermediatesCache.pin_memory = lambda *_args, **_kwargs: None
     windows = np.load(arguments.windows)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     rows = {"input_ids": windows.tolist(), "attention_mask": np.ones_like(windows).tolist()}

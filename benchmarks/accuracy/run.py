@@ -112,7 +112,9 @@ def quantise(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
         # One thread: what is compared is the work, not how it is spread.
         with (folder / "log.txt").open("w") as log:
             settings = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=settings)
+            code = subprocess.run(command, check=False, stdout=log, stderr=subprocess.STDOUT, env=settings).returncode
+        if code != 0:
+            raise RuntimeError(f"{run.name}: got exit code {code}, need 0; the reason is in {folder / 'log.txt'}")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         note.write_text(json.dumps({"cpu_seconds": round(seconds), "versions": _versions(run, arguments.work)}))

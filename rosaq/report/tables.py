@@ -50,8 +50,8 @@ def eval_table(results: Sequence[Mapping[str, Any]], names: Sequence[str] | None
     first = results[0]
     text = first["text"] + (f"[{first['documents']}]" if first["documents"] else "")
     contexts = sorted({result["context"] for result in results})
-    length = f"{contexts[0]}" if len(contexts) == 1 else "each context's"
-    caption = f"text {text}, {first['windows']} windows of {length} tokens, no overlap, no BOS, {first['dtype']}"
+    length = f"{contexts[0]} tokens" if len(contexts) == 1 else "each context"
+    caption = f"text {text}, {first['windows']} windows of {length}, no overlap, no BOS, {first['dtype']}"
     references = sorted({result["reference"] for result in results if result["reference"]})
     if references:
         caption += f"\nKL and top-1 against {', '.join(references)}"
