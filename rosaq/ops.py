@@ -23,7 +23,8 @@ except ImportError as error:
 
 MIN_CAPABILITY = (8, 0)
 MAX_WEIGHTS = 8  # of one fused_gemms; kMaxWeights in csrc/cpu/gemm.h
-_fused_gemm = torch.ops.rosaq.fused_gemm.default  # looked up once: it is called for every layer of every token
+# Looked up once: they are called for every layer of every token.
+_fused_gemm, _fused_gemms = torch.ops.rosaq.fused_gemm.default, torch.ops.rosaq.fused_gemms.default
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -135,7 +136,7 @@ def fused_gemms(
     packed, out_features one a weight; salient_weights and biases too, or empty. The other arguments hold for all
     weights. RuntimeError for anything that does not fit.
     """
-    return torch.ops.rosaq.fused_gemms.default(  # type: ignore[no-any-return]
+    return _fused_gemms(  # type: ignore[no-any-return]
         x,
         packed,
         salient_weights,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,18 @@ class Siblings:
             raise ValueError(f"linears: got {[repr(linear) for linear in linears]}, need packed siblings on the CPU")
         self.linears = tuple(linears)
         self._waiting: tuple[weakref.ref[Tensor], int, dict[int, Tensor]] | None = None
+        # What every token needs, found once; the dicts, not the tensors, which their modules may replace.
+        first, k = self.linears[0], self.linears[0].held[0]
+        self._ids = [id(linear) for linear in self.linears]
+        self._buffers = [linear._buffers for linear in self.linears]
+        self._held = [linear._parameters for linear in self.linears]
+        self._has_salient, self._has_bias = first.salient_weight is not None, first.bias is not None
+        self._sizes: dict[str, Any] = {
+            "out_features": [linear.held[1] for linear in self.linears],
+            "bits": first.format.bits,
+            "group_size": first.format.group_size_of(k),
+            "symmetric": first.format.symmetric,
+        }
         for linear in self.linears:
             linear.siblings = self
 
@@ -44,30 +57,22 @@ class Siblings:
             if y is not None:
                 return y
         ys = self._compute_all(x)
-        left = {id(other): y for other, y in zip(self.linears, ys, strict=True)}
+        left = dict(zip(self._ids, ys, strict=True))
         y = left.pop(id(linear))
         self._waiting = (weakref.ref(x), x._version, left)
         return y
 
     def _compute_all(self, x: Tensor) -> list[Tensor]:
-        first, fmt = self.linears[0]._parameters, self.linears[0].format
-
-        def of_each(name: str) -> list[Tensor]:
-            values = [linear._parameters[name] for linear in self.linears]
-            return [value for value in values if value is not None]
-
+        held = self._held
         return ops.fused_gemms(
             x,
-            [linear._buffers["packed"] for linear in self.linears],  # type: ignore[misc]
-            of_each("salient_weight"),
-            first["salient_index"],
-            first["salient_basis"],
-            first["rotation"],
-            of_each("bias"),
-            out_features=[linear.held[1] for linear in self.linears],
-            bits=fmt.bits,
-            group_size=fmt.group_size_of(self.linears[0].held[0]),
-            symmetric=fmt.symmetric,
+            [cast(Tensor, buffers["packed"]) for buffers in self._buffers],
+            [cast(Tensor, each["salient_weight"]) for each in held] if self._has_salient else [],
+            held[0]["salient_index"],
+            held[0]["salient_basis"],
+            held[0]["rotation"],
+            [cast(Tensor, each["bias"]) for each in held] if self._has_bias else [],
+            **self._sizes,
         )
 
     def part(self) -> None:
