@@ -38,13 +38,15 @@ DEFAULT_RECIPE = "rosaq-gptq"
 
 @dataclass(frozen=True)
 class Preset:
-    """How much work a run puts into any recipe: calibration windows, and tuning steps as a multiple of the recipe's."""
+    """How much work a run puts into any recipe: calibration windows, and the steps of tuning block by block and of the
+    whole model as multiples of the recipe's (docs/accuracy.md has what they buy and cost)."""
 
     num_sequences: int
-    tuning: int
+    steps: int
+    model_steps: int
 
 
-PRESETS = {"fast": Preset(32, 0), "default": Preset(64, 1), "best": Preset(128, 2)}
+PRESETS = {"fast": Preset(32, 0, 0), "default": Preset(128, 0, 1), "best": Preset(128, 2, 2)}
 DEFAULT_PRESET = "default"
 
 
@@ -87,8 +89,8 @@ def make_recipe(
         if salient is not None:
             raise ValueError(f"salient: got {salient} with a budget, which chooses it, need one of them")
         budget = replace(budget, target_bits=target_bits, energy=salient_energy)
-    times = preset_of(preset).tuning
-    tune = replace(recipe.tune, steps=recipe.tune.steps * times, model_steps=recipe.tune.model_steps * times)
+    times, steps = preset_of(preset), recipe.tune
+    tune = replace(steps, steps=steps.steps * times.steps, model_steps=steps.model_steps * times.model_steps)
     return replace(recipe, quant=quant, salient=chosen, importance=listened, tune=tune, budget=budget)
 
 

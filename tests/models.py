@@ -26,6 +26,7 @@ SMALL: dict[str, Any] = {
     "calibration": TEXT,
     "spec": CalibrationSpec(num_sequences=6, sequence_length=48, batch_size=4),
 }
+TUNED: dict[str, Any] = SMALL | {"preset": "best"}  # block by block, and as a whole
 
 
 class ByteTokenizer:

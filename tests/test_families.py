@@ -26,7 +26,7 @@ from rosaq.pipeline.source import DenseModel
 from rosaq.recipes import RECIPES, make_recipe
 from rosaq.rotation import fold_norms, rotate_block, rotate_rows, unit_gain
 from tests.families import CHANGES, save_family, tiny_family
-from tests.models import SMALL, TEXT
+from tests.models import SMALL, TEXT, TUNED
 from tests.tolerances import assert_as_good_as, assert_same_function
 
 MIXTURES = ("mixtral", "qwen3_moe")
@@ -54,7 +54,7 @@ def made(dense, tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         for name, source in dense.items():
-            results[name] = (root / name, quantize(source, root / name, bits=4, salient=2, **SMALL))
+            results[name] = (root / name, quantize(source, root / name, bits=4, salient=2, **TUNED))
     return results
 
 

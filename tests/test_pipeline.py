@@ -14,9 +14,9 @@ from rosaq.checkpoint import read_config
 from rosaq.linear import RosaqLinear
 from rosaq.pipeline import quantize
 from rosaq.pipeline.probe import TOLERANCE
-from rosaq.recipes import RECIPES, make_recipe
+from rosaq.recipes import PRESETS, RECIPES, make_recipe
 from rosaq.specs import CalibrationSpec, TuneSpec
-from tests.models import SMALL, TEXT, byte_level_tokenizer, save_dense, tiny_llama, tiny_mistral
+from tests.models import SMALL, TEXT, TUNED, byte_level_tokenizer, save_dense, tiny_llama, tiny_mistral
 from tests.tolerances import assert_same_function
 
 
@@ -30,7 +30,7 @@ def made(dense, tmp_path_factory):
     """{recipe: (output, result)} of every recipe."""
     root = tmp_path_factory.mktemp("made")
     salient = {"rosaq": 4, "rosaq-gptq": 4, "gptq": 2}
-    return {r: (root / r, quantize(dense, root / r, recipe=r, salient=salient.get(r), **SMALL)) for r in RECIPES}
+    return {r: (root / r, quantize(dense, root / r, recipe=r, salient=salient.get(r), **TUNED)) for r in RECIPES}
 
 
 def logits(directory):
@@ -138,7 +138,9 @@ def test_presets_are_more_or_less_work(dense, tmp_path):
     blocks = json.loads((tmp_path / "fast" / "rosaq_layers.json").read_text())["blocks"]
     assert all(block["tuned"] is None for block in blocks)
     assert made.recipe == "rosaq-gptq"
-    assert make_recipe(preset="best").tune.steps == 2 * make_recipe().tune.steps > 0
+    tuned = [make_recipe(preset=preset).tune for preset in PRESETS]
+    steps = [(tune.steps, tune.model_steps) for tune in tuned]
+    assert steps[0] == (0, 0) < steps[1] < steps[2]
     with pytest.raises(ValueError, match="preset: got 'slow', need one of fast, default, best"):
         quantize(dense, tmp_path / "slow", preset="slow", **small)
 
@@ -225,11 +227,11 @@ def test_mistral_and_biases_go_through(tmp_path):
 
 def test_two_runs_are_bit_identical_and_the_seed_matters(dense, made, tmp_path):
     first = load_file(made["rosaq-gptq"][0] / "model.safetensors")
-    quantize(dense, tmp_path / "again", salient=4, **SMALL)
+    quantize(dense, tmp_path / "again", salient=4, **TUNED)
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
-    other = SMALL | {"spec": CalibrationSpec(6, 48, 4, seed=1)}
+    other = TUNED | {"spec": CalibrationSpec(6, 48, 4, seed=1)}
     quantize(dense, tmp_path / "other", salient=4, **other)
     changed = load_file(tmp_path / "other" / "model.safetensors")
     assert not torch.equal(first["model.embed_tokens.weight"], changed["model.embed_tokens.weight"])
@@ -246,7 +248,7 @@ class Killed(BaseException):
 )
 def test_a_killed_run_resumes_bit_identically(recipe, stop_after, dense, made, tmp_path):
     output = tmp_path / "out"
-    request = SMALL | {"recipe": recipe, "salient": 4}
+    request = TUNED | {"recipe": recipe, "salient": 4}
 
     def kill(event):
         if (event.stage, event.block) == stop_after:
