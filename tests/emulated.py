@@ -58,7 +58,6 @@ class FusedGemmArgs(ctypes.Structure):
         ("rotation", Buffer),
         ("bias", Buffer),
         ("y", ctypes.c_void_p),
-        ("int8_activations", ctypes.c_bool),
     ]
 
 

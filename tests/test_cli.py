@@ -236,13 +236,13 @@ def test_unexpected_exceptions_keep_their_traceback(monkeypatch, quantised):
     def broken(_):
         raise ZeroDivisionError("a defect")
 
-    monkeypatch.setattr("rosaq.cli.read_config", broken)
+    monkeypatch.setattr("rosaq.cli.commands.read_config", broken)
     with pytest.raises(ZeroDivisionError, match="a defect"):
         main(["inspect", str(quantised)])
 
 
 def test_module_runs_as_a_program(tmp_path):
     write_shards(tmp_path, [("a", torch.zeros(1))])
-    done = subprocess.run([sys.executable, "-m", "rosaq.cli", "inspect", str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "rosaq", "inspect", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

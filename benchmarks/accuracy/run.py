@@ -129,7 +129,7 @@ def _command(run: Run, native: Path, arguments: argparse.Namespace) -> list[str]
         return [
             sys.executable,
             "-m",
-            "rosaq.cli",
+            "rosaq",
             "quantize",
             str(arguments.model),
             "-o",

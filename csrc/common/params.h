@@ -44,7 +44,6 @@ struct FusedGemmArgs {
     Buffer rotation;                         // [B, b, b]
     Buffer bias;                             // [n]
     void* y = nullptr;                       // [m, n], contiguous, dtype of x
-    bool int8_activations = false;           // CPU: t may be rounded to 8 bits per chunk of a group
 };
 
 }  // namespace rosaq

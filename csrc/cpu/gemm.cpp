@@ -16,15 +16,14 @@ int64_t padded(int64_t k) {
 }
 
 // What x's dtype carries: 8, 11 and 24 bits of mantissa, and room below the largest of a chunk.
-int num_digits(const FusedGemmArgs& a) {
-    if (a.int8_activations) return 1;
+int num_digits(const FusedGemmArgs& a, Precision precision) {
+    if (precision == Precision::kInt8) return 1;
     return a.x.dtype == DType::kBFloat16 ? 2 : a.x.dtype == DType::kFloat16 ? 3 : 4;
 }
 
 enum class Loop { kStream, kWords, kBlock };
 
-Loop choose_loop(const FusedGemmArgs& a, const KernelTable& kernels) {
-    const int digits = num_digits(a);
+Loop choose_loop(const FusedGemmArgs& a, int digits, const KernelTable& kernels) {
     if (kernels.stream_gemm != nullptr && a.m <= kernels.stream_limits.tokens[digits - 1])
         return Loop::kStream;
     return kernels.word_gemm != nullptr && digits == 2 ? Loop::kWords : Loop::kBlock;
@@ -38,7 +37,7 @@ struct Workspace {
     int64_t t, rotated, s, integers, offsets, units, total;  // byte offsets
 };
 
-Workspace plan(const FusedGemmArgs& a) {
+Workspace plan(const FusedGemmArgs& a, int digits) {
     Workspace w{};
     const auto take = [&w](int64_t bytes) {
         const int64_t at = w.total;
@@ -47,12 +46,11 @@ Workspace plan(const FusedGemmArgs& a) {
     };
     const int64_t k = a.weight.k, chunks = k / chunk_k(a.weight.group_size);
     const KernelTable& kernels = active_kernels();
-    const Loop loop = choose_loop(a, kernels);
+    const Loop loop = choose_loop(a, digits, kernels);
     w.t = take(a.m * padded(k) * 4);
     w.rotated = take(a.rotation_size ? a.m * padded(k) * 4 : 0);
     w.s = take(a.r ? a.m * padded(a.r) * 4 : 0);
     if (loop == Loop::kBlock) return w;
-    const int digits = num_digits(a);
     const int64_t tile_rows = loop == Loop::kWords ? kernels.word_tile_rows : kernels.tile_rows[digits - 1];
     const int64_t tokens = padded_tokens(a.m, tile_rows);
     w.integers = take(tokens * k * digits);
@@ -63,7 +61,7 @@ Workspace plan(const FusedGemmArgs& a) {
 
 struct Steps {
     const FusedGemmArgs& args;  // the first of `count`
-    const int count;
+    const int count, digits;
     const KernelTable& kernels;
     const Parallel& parallel;
 
@@ -126,7 +124,6 @@ struct Steps {
 
     void stream(MainLoop& p, char* base, const Workspace& at) const {
         const PackedWeight& w = args.weight;
-        const int digits = num_digits(args);
         p.digits = {digits,
                     kernels.tile_rows[digits - 1],
                     reinterpret_cast<int8_t*>(base + at.integers),
@@ -156,16 +153,18 @@ struct Steps {
 
 }  // namespace
 
-int64_t workspace_bytes(const FusedGemmArgs& args) {
-    return plan(args).total;
+int64_t workspace_bytes(const FusedGemmArgs& args, Precision precision) {
+    return plan(args, num_digits(args, precision)).total;
 }
 
-void fused_gemm(const FusedGemmArgs* all, int count, void* workspace, const Parallel& parallel) {
+void fused_gemm(const FusedGemmArgs* all, int count, Precision precision, void* workspace,
+                const Parallel& parallel) {
     const FusedGemmArgs& args = all[0];
     if (args.m == 0) return;
-    const Workspace plan_ = plan(args);
+    const int digits = num_digits(args, precision);
+    const Workspace plan_ = plan(args, digits);
     char* base = static_cast<char*>(workspace);
-    const Steps steps{args, count, active_kernels(), parallel};
+    const Steps steps{args, count, digits, active_kernels(), parallel};
 
     const int64_t ldt = padded(args.weight.k);
     float* t = reinterpret_cast<float*>(base + plan_.t);
@@ -186,7 +185,7 @@ void fused_gemm(const FusedGemmArgs* all, int count, void* workspace, const Para
         p.lds = padded(args.r);
         steps.project(t, ldt, s, p.lds);
     }
-    switch (choose_loop(args, steps.kernels)) {
+    switch (choose_loop(args, digits, steps.kernels)) {
         case Loop::kStream:
             return steps.stream(p, base, plan_);
         case Loop::kWords:

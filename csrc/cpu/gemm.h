@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../common/params.h"
+#include "isa.h"
 #include "parallel.h"
 
 namespace rosaq::cpu {
@@ -11,10 +12,11 @@ namespace rosaq::cpu {
 constexpr int kMaxWeights = 8;
 
 // Bytes of scratch that fused_gemm needs for these arguments (64-byte aligned); those of any of its weights.
-int64_t workspace_bytes(const FusedGemmArgs& args);
+int64_t workspace_bytes(const FusedGemmArgs& args, Precision precision);
 
 // The products of one x with `count` weights. They differ in n, scale_dtype, panels, salient_weight, bias and
 // y alone: what is made of x is made once, and all panels are one parallel loop.
-void fused_gemm(const FusedGemmArgs* args, int count, void* workspace, const Parallel& parallel);
+void fused_gemm(const FusedGemmArgs* args, int count, Precision precision, void* workspace,
+                const Parallel& parallel);
 
 }  // namespace rosaq::cpu

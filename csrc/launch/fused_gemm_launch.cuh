@@ -3,21 +3,10 @@
 
 #include <atomic>
 
-#include "../kernels/fused_gemm.cuh"
 #include "launch.h"
+#include "shape_of.cuh"
 
 namespace rosaq::cuda {
-
-template <class Tile>
-constexpr InstanceShape shape_of() {
-    return {Number<typename Tile::T>::kDType,
-            Tile::kBits,
-            Tile::kSymmetric,
-            Tile::kTokens,
-            Tile::kRows,
-            Tile::kThreads,
-            Tile::kSmemBytes};
-}
 
 // More dynamic shared memory than 48 KB has to be asked for, once for every device.
 template <class Tile>

@@ -40,18 +40,17 @@ void check_index(const FusedGemmArgs& args) {
                     args.weight.k - 1);
 }
 
-void run(FusedGemmArgs* args, int count) {
-    for (int i = 0; i < count; ++i)
-        args[i].int8_activations = cpu::active_precision() == cpu::Precision::kInt8;
-    const int64_t bytes = cpu::workspace_bytes(args[0]);
+void run(const FusedGemmArgs* args, int count) {
+    const cpu::Precision precision = cpu::active_precision();
+    const int64_t bytes = cpu::workspace_bytes(args[0], precision);
     const cpu::Parallel parallel{run_on_torch_threads};
     alignas(64) char small[kSmallScratchBytes];
     if (bytes <= kSmallScratchBytes) {
-        cpu::fused_gemm(args, count, small, parallel);
+        cpu::fused_gemm(args, count, precision, small, parallel);
     } else {
         const std::vector<int64_t> shape{bytes};
         const Tensor scratch = torch::stable::empty(shape, ScalarType::Byte);
-        cpu::fused_gemm(args, count, scratch.mutable_data_ptr(), parallel);
+        cpu::fused_gemm(args, count, precision, scratch.mutable_data_ptr(), parallel);
     }
 }
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rosaq.calibrate import Gram, Tokens, mean_over_ranks, token_importance
+from rosaq.pipeline.memory import release_freed_memory
 from rosaq.pipeline.source import DenseModel
 from rosaq.rotation import (
     BlockRotations,
@@ -167,6 +168,7 @@ def _measure(
                     _add_heads(heads, x, sizes.head_dim)
         if recipe.rotation.values == "pca":
             values.append(torch.stack([gram.sum_over_ranks().mean() for gram in heads]))
+        release_freed_memory()
         progress(index)
     residual, calm = residual.sum_over_ranks(), calm.sum_over_ranks()
     sink_share = mean_over_ranks(num_sinks / num_tokens)

@@ -20,6 +20,7 @@ from rosaq.pipeline.block import (
     quantize_block,
 )
 from rosaq.pipeline.budget import Choices, SiteChoice, same_everywhere, share_out
+from rosaq.pipeline.memory import release_freed_memory
 from rosaq.pipeline.plan import Plan
 from rosaq.pipeline.probe import MAX_TOKENS, Probe, check_equal
 from rosaq.pipeline.rotations import Rotations, choose_rotations
@@ -123,6 +124,7 @@ class Run:
                 self._probe = Probe(tensors.pop("probe.dense"), tensors.pop("probe.rotated"))
             runnable = _runnable(tensors, self.plan.formats(index))
             self._advance(index, streams, outputs, runnable)
+            release_freed_memory()
             self._report("blocks", index, _mean_db(self.reports, len(values["reports"])))
         self._dense_outputs = streams.moments
 
@@ -139,8 +141,12 @@ class Run:
             self._recipe.tune,
             self._spec.seed,
             self._work,
-            lambda step, steps: self._report("tuning", step - 1, total=steps),
+            self._tuned_a_step,
         )
+
+    def _tuned_a_step(self, done: int, steps: int) -> None:
+        release_freed_memory()
+        self._report("tuning", done - 1, total=steps)
 
     def _advance(self, index: int, streams: Streams, outputs: list[Tensor], quantised: Tensors) -> None:
         """The streams through block `index`: that of the second moments is `outputs` where they are known already."""

@@ -43,7 +43,7 @@ def tune_model(
     progress: Callable[[int, int], None],
 ) -> tuple[float, float]:
     """Tune `blocks` in place for `spec.model_steps`; (divergence before, after) in nats per token, on the first
-    sequences. progress is called with (steps done, steps).
+    sequences. progress is called with (steps done, steps). With several ranks each has its own sequences.
 
     Memory holds the codes of all blocks, one byte each, the hidden states of a batch once per block, and one block's
     weights: every block is run again for its gradient. Raises ValueError if the divergence is not finite.

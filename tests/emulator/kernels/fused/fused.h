@@ -2,21 +2,9 @@
 #pragma once
 
 #include "emulator/emulator.h"
-#include "kernels/fused_gemm.cuh"
-#include "launch/plan.h"
+#include "launch/shape_of.cuh"
 
 namespace emulator_tests {
-
-template <class Tile>
-rosaq::cuda::InstanceShape shape_of() {
-    return {rosaq::cuda::Number<typename Tile::T>::kDType,
-            Tile::kBits,
-            Tile::kSymmetric,
-            Tile::kTokens,
-            Tile::kRows,
-            Tile::kThreads,
-            Tile::kSmemBytes};
-}
 
 // What launch.h calls an Instance.
 struct EmulatedInstance {
@@ -26,6 +14,7 @@ struct EmulatedInstance {
 
 template <class Tile>
 EmulatedInstance instance() {
+    using rosaq::cuda::shape_of;
     return {shape_of<Tile>(), [](const rosaq::cuda::GemmParams& p, const emu::LaunchOptions& options) {
                 emu::launch(rosaq::cuda::fused_gemm_kernel<Tile>, dim3(p.schedule.grid), dim3(Tile::kThreads),
                             static_cast<size_t>(rosaq::cuda::smem_bytes(p, shape_of<Tile>())), options, p);

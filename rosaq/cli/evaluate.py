@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from rosaq.cli_options import Documents, JsonFile
+from rosaq.cli.options import Documents, JsonFile
 from rosaq.evaluation import PasskeyResult, check_tasks, evaluate, find_passkeys, load_subject, run_tasks
 from rosaq.report.progress import count_progress
 from rosaq.report.record import write_record

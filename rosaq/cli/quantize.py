@@ -1,0 +1,92 @@
+"""`rosaq quantize`, on one process or on those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+import rosaq
+from rosaq.cli.options import Documents, JsonFile, calibration_documents
+from rosaq.recipes import preset_of
+from rosaq.report.progress import quantize_progress
+from rosaq.report.record import write_record
+from rosaq.report.tables import quantize_table
+from rosaq.specs import STRATEGIES, CalibrationSpec
+
+
+def quantize_command(
+    model: Annotated[str, typer.Argument(help="Dense model: a directory or a hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New directory for the checkpoint.")],
+    recipe: Annotated[str, typer.Option(help="rtn, gptq, quarot, rosaq or rosaq-gptq.")] = "rosaq-gptq",
+    preset: Annotated[str, typer.Option(help="fast, default or best: how much work goes into it.")] = "default",
+    bits: Annotated[int, typer.Option(help="3 or 4.")] = 3,
+    group_size: Annotated[int, typer.Option(help="In-features per scale; -1 for whole rows.")] = 64,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Default: the recipe's.")] = None,
+    salient: Annotated[int | None, typer.Option(help="Directions kept in 16 bits. Default: the recipe's.")] = None,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Bits per weight on average, shared out between the layers.")
+    ] = None,
+    salient_energy: Annotated[
+        float | None, typer.Option(help="Directions kept per layer: the fewest that hold this share of the energy.")
+    ] = None,
+    importance: Annotated[
+        str | None, typer.Option(help=f"Of tokens: {', '.join(STRATEGIES)}. Default: the recipe's.")
+    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text or JSON lines. Default: built-in prose.")] = None,
+    documents: Documents = None,
+    num_sequences: Annotated[int | None, typer.Option(help="Calibration windows. Default: the preset's.")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Calibration windows per forward pass.")] = 8,
+    expansion: Annotated[int, typer.Option(help="Copies of each window, rolled to other positions.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the windows and the random rotations.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Quantise a model's linear layers into a new checkpoint directory."""
+    if num_sequences is None:
+        num_sequences = preset_of(preset).num_sequences
+    spec = CalibrationSpec(num_sequences, sequence_length, batch_size, seed, expansion)
+    request: dict[str, Any] = {
+        "recipe": recipe,
+        "preset": preset,
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "salient": salient,
+        "importance": importance,
+        "target_bits": target_bits,
+        "salient_energy": salient_energy,
+        "force": force,
+        "resume": resume,
+    }
+    with process_group() as is_first, quantize_progress() as progress:
+        text = calibration_documents(calibration, documents)
+        result = rosaq.quantize(model, output, calibration=text, spec=spec, progress=progress, **request)
+    if not is_first:  # one of several processes tells what all of them made
+        return
+    Console().print(quantize_table(result.to_dict()))
+    typer.echo(f"compare it with the original: rosaq eval {output} --reference {model}")
+    if json_file:
+        asked = request | {"model": model, "calibration": calibration, "documents": documents, "spec": vars(spec)}
+        write_record(json_file, "quantize", asked, result.to_dict())
+
+
+@contextmanager
+def process_group() -> Iterator[bool]:
+    """The processes that torchrun started together, if it did; True on the first one, which speaks for all."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield True
+        return
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield torch.distributed.get_rank() == 0
+    finally:
+        torch.distributed.destroy_process_group()
