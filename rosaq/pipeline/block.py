@@ -212,11 +212,17 @@ def _quantize_site(site: Site, task: BlockTask, gram: Tensor | None) -> dict[str
 
 
 def salient_index(site: Site, gram: Tensor | None, recipe: Recipe, count: int) -> Tensor:
-    """The channels of a site's input that stay in 16 bits, int64 [count]."""
+    """The channels of a site's input that stay in 16 bits, ascending int64 [count]."""
+    return salient_order(site, gram, recipe, count).sort().values
+
+
+def salient_order(site: Site, gram: Tensor | None, recipe: Recipe, count: int) -> Tensor:
+    """The same channels in the order in which more of them would be kept: of any count, the first ones of this."""
     if recipe.salient.by == "eigenvalue" and site.reads == "residual" and "pca" in recipe.rotation.residual:
         return torch.arange(count)  # the folded rotation puts the principal axes first
     assert gram is not None
-    return energy_index(gram, count)  # in principal axes of the heads the channel energies are the eigenvalues
+    index = energy_index(gram, count)  # in principal axes of the heads the channel energies are the eigenvalues
+    return index[torch.diagonal(gram)[index].argsort(descending=True, stable=True)]
 
 
 def effective_weight(tensors: Tensors, fmt: LinearFormat, *, rotated: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rosaq.calibrate import BlockModel, Gram, Tokens, output_sensitivity
 from rosaq.models import Site
-from rosaq.pipeline.block import formats, online, salient_index
+from rosaq.pipeline.block import formats, online, salient_order
 from rosaq.pipeline.budget import SiteChoice, SiteFacts, spectrum_of, squared_steps
 from rosaq.pipeline.rotations import Rotations
 from rosaq.rotation import rotate_blocks
@@ -69,8 +69,7 @@ def _facts(
     most = min(recipe.budget.most, len(gram) // 4) if recipe.salient.count_at(site.reads) else 0
     order = None
     if not recipe.salient.is_basis(site.reads):
-        order = salient_index(site, gram, recipe, most)
-        order = order[torch.diagonal(gram)[order].argsort(descending=True, stable=True)]
+        order = salient_order(site, gram, recipe, most)
     kept, log_rest, energy = spectrum_of(gram, most, recipe.quant.damping, order)
     own = [weights[f"{linear}.weight"] for linear in site.linears]
     base = formats(
