@@ -8,22 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tests.models import VOCAB_SIZE, byte_level_tokenizer
+from tests.models import TINY, byte_level_tokenizer
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.08,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": None,
-}
+_COMMON: dict[str, Any] = TINY | {"pad_token_id": None}
 # What a family's config needs beside the common part. A new family is one line here.
 CHANGES: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -49,23 +49,26 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
 
 
+# Two layers, hidden 64, 4:2 heads, weights of a size that gives logits worth comparing.
+TINY: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.08,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
+
+
 def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """Two layers, hidden 64, 4:2 heads, weights of a size that gives logits worth comparing."""
+    """A Llama of the sizes `TINY`, some of them changed."""
     torch.manual_seed(seed)
-    sizes: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.08,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-    }
-    return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
+    return LlamaForCausalLM(LlamaConfig(**(TINY | changes))).eval()
 
 
 def tiny_mistral(seed: int = 0, **changes: Any) -> MistralForCausalLM:

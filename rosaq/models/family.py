@@ -75,6 +75,11 @@ class Family:
         """All linears of a block, in order of computation."""
         return tuple(linear for site in self.sites for linear in site.linears)
 
+    @property
+    def gains(self) -> tuple[str, ...]:
+        """The weights of the norms that feed the linears of a block, by name."""
+        return tuple(sorted({f"{site.norm}.weight" for site in self.sites if site.norm}))
+
     def sites_reading(self, reads: Reads) -> tuple[Site, ...]:
         """The sites that read `reads`."""
         return tuple(site for site in self.sites if site.reads == reads)

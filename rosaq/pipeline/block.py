@@ -167,8 +167,7 @@ def _tune(
     weight = None if importance[0] is None else torch.cat([w for w in importance if w is not None])
     weight = None if weight is None else weight.view(inputs.shape[:2])
     linears = {name: TunedLinear(task.weights[f"{name}.weight"], made[name], fmts[name]) for name in made}
-    norms = {f"{site.norm}.weight" for site in model.family.sites if site.norm}
-    gains = {name: task.weights[name] for name in sorted(norms)}
+    gains = {name: task.weights[name] for name in model.family.gains}
     others = {n: t for n, t in task.weights.items() if n not in gains and n.removesuffix(".weight") not in linears}
     block = TunedBlock(linears, gains, others, task.dtype, gain_offset=model.family.gain_offset)
     tokens = TuningTokens(inputs, torch.cat(targets), weight)
@@ -223,6 +222,13 @@ def salient_order(site: Site, gram: Tensor | None, recipe: Recipe, count: int) -
     assert gram is not None
     index = energy_index(gram, count)  # in principal axes of the heads the channel energies are the eigenvalues
     return index[torch.diagonal(gram)[index].argsort(descending=True, stable=True)]
+
+
+def of_linear(tensors: Tensors, linear: str) -> Tensors:
+    """Of a block's tensors those of one linear, under their own names, without its bias."""
+    own = {name.removeprefix(f"{linear}."): t for name, t in tensors.items() if name.startswith(f"{linear}.")}
+    own.pop("bias", None)
+    return own
 
 
 def effective_weight(tensors: Tensors, fmt: LinearFormat, *, rotated: bool = False) -> Tensor:

@@ -72,13 +72,15 @@ def quantize(
 ) -> QuantizeResult:
     """Quantise the model in directory (or of hub name) `model` into the new directory `output`.
 
-    recipe: a name of `rosaq.recipes.RECIPES`, or a `Recipe` of your own. bits, group_size, symmetric, salient,
-    importance: None keeps the recipe's choice (3 bits in groups of 64). target_bits: bits per weight on
-    average, shared out between the sites (widths and directions). salient_energy: directions per site by the share of
-    energy they hold. preset: "fast", "default" or "best": how many
-    calibration windows (unless `spec` says so) and tuning steps. calibration: documents (None: prose Python carries).
-    Memory holds one block, the token stream and one shard. `output` appears complete or not at all; an interrupted
-    run continues with `resume` and ends bit-identical.
+    recipe          a name of `rosaq.recipes.RECIPES`, or a `Recipe` of your own.
+    bits, group_size, symmetric, salient, importance: None keeps the recipe's choice (3 bits in groups of 64).
+    target_bits     bits per weight on average: widths and directions are shared out between the sites.
+    salient_energy  directions per site by the share of energy they hold.
+    preset          "fast", "default" or "best": how many calibration windows (unless `spec` says so) and tuning steps.
+    calibration     documents; None: prose that Python carries.
+
+    Memory holds one block, the token stream and one shard. `output` appears complete or not at all; an interrupted run
+    continues with `resume` and ends bit-identical.
 
     Under torch.distributed (`torchrun -m rosaq quantize ...`) every process calibrates on its share of the sequences,
     on a file system that all of them see; second moments are summed in float64.

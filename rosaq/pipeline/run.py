@@ -16,6 +16,7 @@ from rosaq.pipeline.block import (
     LinearReport,
     Streams,
     effective_weight,
+    of_linear,
     online,
     quantize_block,
 )
@@ -240,14 +241,10 @@ class Run:
 
 def _runnable(tensors: Tensors, fmts: dict[str, LinearFormat]) -> Tensors:
     """Stored tensors of a block -> the dense float32 weights they stand for, as the block's code wants them."""
-    result: Tensors = {}
-    for linear, fmt in fmts.items():
-        own = {n.removeprefix(f"{linear}."): t for n, t in tensors.items() if n.startswith(f"{linear}.")}
-        result[f"{linear}.weight"] = effective_weight(own, fmt)
-        if "bias" in own:
-            result[f"{linear}.bias"] = own["bias"].float()
-    others = {n: t.float() for n, t in tensors.items() if n.rpartition(".")[0] not in fmts}
-    return result | others
+    weights = {f"{name}.weight": effective_weight(of_linear(tensors, name), fmt) for name, fmt in fmts.items()}
+    return weights | {
+        n: t.float() for n, t in tensors.items() if n.rpartition(".")[0] not in fmts or n.endswith(".bias")
+    }
 
 
 def _mean_db(reports: list[LinearReport], last: int) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from rosaq.config import LinearFormat
-from rosaq.models import Family
+from rosaq.pipeline.block import of_linear
 from rosaq.pipeline.source import DenseModel
 from rosaq.pipeline.workspace import Workspace, block_name
 from rosaq.specs import TuneSpec
@@ -60,22 +60,11 @@ def _block(work: Workspace, index: int) -> Tensors:
 def _tuned_block(dense: DenseModel, stored: Tensors, formats: dict[str, LinearFormat]) -> TunedBlock:
     """The block as it is stored, trainable but for its codes."""
     family = dense.blocks.family
-    linears = {name: TunedLinear(None, _of_linear(stored, name), fmt) for name, fmt in formats.items()}
-    gains = {name: stored[name].float() for name in sorted(_gain_names(family))}
+    linears = {name: TunedLinear(None, of_linear(stored, name), fmt) for name, fmt in formats.items()}
+    gains = {name: stored[name].float() for name in family.gains}
     others = {
         name: tensor.float()
         for name, tensor in stored.items()
         if name not in gains and (name.rpartition(".")[0] not in formats or name.endswith(".bias"))
     }
     return TunedBlock(linears, gains, others, dense.dtype, gain_offset=family.gain_offset)
-
-
-def _of_linear(stored: Tensors, linear: str) -> Tensors:
-    """The tensors of one linear under their own names, without its bias."""
-    own = {name.removeprefix(f"{linear}."): t for name, t in stored.items() if name.startswith(f"{linear}.")}
-    own.pop("bias", None)
-    return own
-
-
-def _gain_names(family: Family) -> set[str]:
-    return {f"{site.norm}.weight" for site in family.sites if site.norm}
