@@ -270,7 +270,7 @@ def test_every_step_of_refine_lowers_the_loss(symmetric):
 
     losses = [total(codes, grid, kept)]
     for _ in range(3):
-        grid, kept = refit_scales(w, gram, codes, grid, kept, salient)
+        grid, kept = refit_scales(w.double() @ gram, gram, codes, grid, kept, salient)
         losses.append(total(codes, grid, kept))
         codes = sweep_codes(w, gram, codes, grid, kept, salient, 3)
         losses.append(total(codes, grid, kept))
@@ -292,7 +292,7 @@ def test_refitted_scales_solve_the_normal_equations():
     basis[:32, 0], basis[32:, 1], basis[5, 2] = steps[:32], steps[32:], 1
     basis[5, 0] = 0
     want = torch.linalg.solve(basis.T @ gram @ basis, basis.T @ gram @ w[0].double())
-    fitted, corrected = refit_scales(w, gram, codes, grid, kept, salient)
+    fitted, corrected = refit_scales(w.double() @ gram, gram, codes, grid, kept, salient)
     assert_close_in(torch.cat([fitted.scale, corrected], 1)[0], want, torch.float16)
 
 

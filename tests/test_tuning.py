@@ -133,7 +133,7 @@ def test_tuning_lowers_the_loss_on_tokens_it_has_not_seen(setting):
     seen, unseen = part(tokens, slice(0, 16)), part(tokens, slice(16, 24))
     block = block_of(setting)
     before = block_loss(model, 0, block, unseen)
-    spec = TuneSpec(steps=64, batch_size=8, passes=64, scales_rate=5e-3, gains_rate=5e-3, salient_rate=5e-2, bf16=False)
+    spec = TuneSpec(steps=64, batch_size=8, passes=64, scales_rate=5e-3, gains_rate=5e-3, salient_rate=5e-2)
     first, last = tune_block(model, 0, block, seen, spec, seed=0)
     assert last < 0.95 * first
     assert block_loss(model, 0, block, unseen) < 0.97 * before
@@ -155,7 +155,7 @@ def test_every_sequence_comes_once_before_any_comes_again(steps, passes, want):
 def test_gains_are_stored_as_they_were_tuned(setting):
     model, *_, tokens = setting
     block = block_of(setting)
-    tune_block(model, 0, block, tokens, TuneSpec(steps=4, gains_rate=1e-2, bf16=False), seed=0)
+    tune_block(model, 0, block, tokens, TuneSpec(steps=4, gains_rate=1e-2), seed=0)
     for gain in block.gains().values():
         assert torch.equal(gain.half().float(), gain)
         assert (gain != 1).any()

@@ -13,7 +13,7 @@ from tests.models import save_dense, tiny_llama
 from tests.tolerances import assert_close_in
 
 FORMAT = LinearFormat(3, 32, False, 2)
-SPEC = TuneSpec(model_steps=24, batch_size=4, passes=24, scales_rate=5e-3, gains_rate=5e-3, bf16=False)
+SPEC = TuneSpec(model_steps=24, batch_size=4, passes=24, scales_rate=5e-3, gains_rate=5e-3)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_what_is_left_on_the_tensors_is_the_gradient_of_the_divergence(setting):
     model, make, predictions = setting
     blocks = make()
     groups = [tensor for block in blocks for tensor, _ in block.groups(SPEC)]
-    one_step = TuneSpec(model_steps=1, batch_size=72, passes=1, bf16=False)
+    one_step = TuneSpec(model_steps=1, batch_size=72, passes=1)
     tune_model(model, blocks, predictions, one_step, seed=0, progress=lambda *_: None)
     got = [tensor.grad.clone() for tensor in groups]
     fresh = make()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-SEQUENCES = 64
+SEQUENCES = 128
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ runs them on the tensors of one block.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,7 @@ class BlockModel:
         _compute_buffers(self._model)
         self._blocks = list(self._model.get_submodule(self.family.blocks))
         self._check_blocks()
+        self._is_bf16 = False
         self._kwargs: dict[tuple[torch.Size, str], list[dict[str, Any]]] = {}
 
     def _check_blocks(self) -> None:
@@ -89,6 +91,20 @@ class BlockModel:
                     f"model: {self.family.block_prefix(index)[:-1]}: got a block without {missing[:3]} and with "
                     f"{unknown[:3]}, need the linears of the table {self.family.name!r} in every block"
                 )
+
+    def in_bf16(self) -> BlockModel:
+        """This model with matrix products in bfloat16, everything between them and the hidden states in float32; itself
+        on a CPU without instructions for it, where that would be slower."""
+        has = torch.cpu.get_capabilities()
+        if not any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+            return self
+        result = copy.copy(self)
+        result._is_bf16 = True
+        return result
+
+    def products(self) -> torch.autocast:
+        """The context that this model's matrix products run in."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self._is_bf16)
 
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
         """{path inside a block: (in_features, out_features)} of every linear of the family's table."""
@@ -120,7 +136,8 @@ class BlockModel:
     def forward(self, index: int, tensors: Tensors, hidden: Tensor) -> Tensor:
         """Block `index` with the given weights: hidden [batch, length, hidden] -> the same shape, differentiable."""
         kwargs = self._call_arguments(hidden)[index]
-        out = functional_call(self._blocks[index], tensors, (hidden,), kwargs, strict=True)
+        with self.products():
+            out = functional_call(self._blocks[index], tensors, (hidden,), kwargs, strict=True)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 

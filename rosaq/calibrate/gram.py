@@ -56,9 +56,6 @@ class Gram:
     def add_tokens(self, tokens: Tokens) -> None:
         """Add a batch; ValueError if it holds NaN or Inf."""
         x = tokens.x.float()
-        if not torch.isfinite(x).all():
-            bad = int((~torch.isfinite(x)).any(1).sum())
-            raise ValueError(f"activations: got NaN or Inf in {bad} of {len(x)} tokens, need finite numbers")
         if tokens.importance is None:
             self._weight += len(x)
         else:
@@ -67,6 +64,11 @@ class Gram:
             x = x * weight.sqrt().float()[:, None]
         # A massive activation's rounding errors would drown what is left once its direction is kept in 16 bits.
         energy = x.square().sum(1)
+        if not energy.isfinite().all():
+            bad = int((~energy.isfinite()).sum())
+            raise ValueError(
+                f"activations: got NaN, Inf or beyond 1e19 in {bad} of {len(x)} tokens, need finite numbers"
+            )
         is_loud = energy > _LOUD * energy.median()
         loud, x = x[is_loud].double(), x[~is_loud]
         self._sum += loud.T @ loud

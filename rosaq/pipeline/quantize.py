@@ -102,7 +102,7 @@ def quantize(
     )
     spec = spec or CalibrationSpec(num_sequences=preset_of(preset).num_sequences)
     check_output(output, force=force)
-    dense = DenseModel(local_directory(model))
+    dense = DenseModel(local_directory(model), bf16=spec.bf16)
     chosen = fit_to_family(with_counted_salient(chosen, dense.blocks.sizes.hidden), dense.blocks.family)
     check_formats(dense.blocks, chosen)
     input_ids = calibration_windows(dense, calibration, spec)

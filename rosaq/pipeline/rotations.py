@@ -153,10 +153,10 @@ def _measure(
         weights = fold_norms(model.block(index), family)
         heads = [Gram(sizes.head_dim) for _ in range(sizes.num_kv_heads)]
         for i, hidden in enumerate(stream):
-            importance = token_importance(model.blocks, index, weights, hidden, recipe.importance, counts[i])
+            importance = token_importance(model.passes, index, weights, hidden, recipe.importance, counts[i])
             is_calm = ~is_sink(hidden).flatten()
             num_sinks, num_tokens = num_sinks + int((~is_calm).sum()), num_tokens + len(is_calm)
-            inputs, out = model.blocks.inputs_of(index, weights, hidden, wanted, stop=False, route_all=True)
+            inputs, out = model.passes.inputs_of(index, weights, hidden, wanted, stop=False, route_all=True)
             assert out is not None
             stream[i] = out
             for site in wanted:

@@ -167,7 +167,7 @@ class Run:
     def _through(self, index: int, stream: list[Tensor], tensors: Tensors) -> None:
         name = self._dense.blocks.family.block_prefix(index)[:-1]
         for i, hidden in enumerate(stream):
-            stream[i] = self._dense.blocks.run(index, tensors, hidden)
+            stream[i] = self._dense.passes.run(index, tensors, hidden)
             if not torch.isfinite(stream[i]).all():
                 raise ValueError(f"activations: {name}: got NaN or Inf after quantising it")
 
@@ -176,7 +176,9 @@ class Run:
         model, rotations = self._dense.blocks, self.rotations.of_block(index)
         dense, dtype = self._dense.block(index), self._dense.dtype
         weights = self._rotated(index, dense)
-        task = BlockTask(model, index, weights, self._recipe, rotations, self.choices[index], self._spec.seed, dtype)
+        task = BlockTask(
+            self._dense.passes, index, weights, self._recipe, rotations, self.choices[index], self._spec.seed, dtype
+        )
         result = quantize_block(task, streams)
         stored = result.stored
         for name, tensor in weights.items():

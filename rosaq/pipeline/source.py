@@ -39,11 +39,13 @@ def local_directory(model: str | Path) -> Path:
 
 
 class DenseModel:
-    """Weights and code of a dense model. `blocks` runs them, `block(i)` reads the weights of one."""
+    """Weights and code of a dense model. `blocks` runs them, `passes` does for the calibration text (in bfloat16, if so
+    wanted and the CPU has it), `block(i)` reads the weights of one."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, bf16: bool = False) -> None:
         self.directory = directory
         self.blocks = BlockModel(directory)
+        self.passes = self.blocks.in_bf16() if bf16 else self.blocks
         self.reader = WeightReader(directory)
         family = self.blocks.family
         self.is_tied = bool(getattr(self.blocks.config, "tie_word_embeddings", False))

@@ -38,7 +38,7 @@ def tune_whole_model(
     saved = work.load(_DONE)
     if saved is None:
         blocks = [_tuned_block(dense, _block(work, i), fmts) for i, fmts in enumerate(formats)]
-        loss = tune_model(dense.blocks, blocks, predictions, spec, seed, progress)
+        loss = tune_model(dense.passes, blocks, predictions, spec, seed, progress)
         for index, block in enumerate(blocks):
             stored = _block(work, index)
             for name, linear in block.linears.items():

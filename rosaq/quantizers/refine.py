@@ -30,10 +30,11 @@ def refine(
     w [n, k] float32, gram [k, k] float64 with its damping, codes [n, k] float32 integers, salient bool [k]
     -> (codes, grid, salient weights) of the same shapes; the zero points stay.
     """
+    target = w.double() @ gram
     for _ in range(rounds):
-        grid, salient_weight = refit_scales(w, gram, codes, grid, salient_weight, salient)
+        grid, salient_weight = refit_scales(target, gram, codes, grid, salient_weight, salient)
         codes = sweep_codes(w, gram, codes, grid, salient_weight, salient, bits)
-    grid, salient_weight = refit_scales(w, gram, codes, grid, salient_weight, salient)
+    grid, salient_weight = refit_scales(target, gram, codes, grid, salient_weight, salient)
     return codes, grid, salient_weight
 
 
@@ -44,22 +45,26 @@ def _widened(grid: Grid, k: int) -> Grid:
 
 
 def refit_scales(
-    w: Tensor, gram: Tensor, codes: Tensor, grid: Grid, salient_weight: Tensor, salient: Tensor
+    target: Tensor, gram: Tensor, codes: Tensor, grid: Grid, salient_weight: Tensor, salient: Tensor
 ) -> tuple[Grid, Tensor]:
     """Scales [n, groups] and salient weights [n, r] that minimise the loss for the given codes: one small
-    least-squares problem a row, groups + r unknowns. A scale that would change its sign keeps its value."""
-    n, k = w.shape
+    least-squares problem a row, groups + r unknowns. A scale that would change its sign keeps its value.
+
+    target [n, k] float64: W G.
+    """
+    n, k = codes.shape
     groups, index = grid.scale.shape[1], torch.nonzero(salient).flatten()
     size, r = k // groups, len(index)
     steps = (codes - _widened(grid, k).zero).double()  # [n, k]: the weight in units of its scale
     steps[:, index] = 0
-    target = w.double() @ gram
     matrix = torch.empty(n, groups + r, groups + r, dtype=torch.float64)
     for group in range(groups):
         columns = slice(group * size, (group + 1) * size)
-        product = steps[:, columns] @ gram[columns]  # [n, k]
-        matrix[:, group, :groups] = (product * steps).view(n, groups, size).sum(-1)
-        matrix[:, group, groups:] = matrix[:, groups:, group] = product[:, index]
+        product = steps[:, columns] @ gram[columns, group * size :]  # [n, k] from here on: the matrix is symmetric
+        cross = (product * steps[:, group * size :]).view(n, groups - group, size).sum(-1)
+        matrix[:, group, group:groups] = matrix[:, group:groups, group] = cross
+    onto = (steps.view(n, groups, 1, size) @ gram[:, index].view(groups, size, r)).squeeze(2)  # [n, groups, r]
+    matrix[:, :groups, groups:], matrix[:, groups:, :groups] = onto, onto.transpose(1, 2)
     matrix[:, groups:, groups:] = gram[index][:, index]
     right = torch.cat([(target * steps).view(n, groups, size).sum(-1), target[:, index]], 1)
     pull = _PULL * torch.diagonal(matrix, dim1=1, dim2=2).clamp_min(1e-30)

@@ -21,7 +21,7 @@ from rosaq.tuning.linear import TunedLinear
 
 Tensors = dict[str, Tensor]
 _SEQUENCES_AT_ONCE = 8  # in the passes without gradient
-_MEASURED = 16  # sequences that the loss before and after is measured on
+_MEASURED = 8  # sequences that the loss before and after is measured on
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def tune_block(
     before = block_loss(model, index, block, tokens.first(_MEASURED))
     batches = draw_batches(len(tokens.inputs), spec.steps, spec, seed)
     for batch in descend(block.groups(spec), batches):
-        _loss(model, index, block.tensors(), tokens, weights, batch, bf16=spec.bf16).backward()
+        _loss(model, index, block.tensors(), tokens, weights, batch).backward()
     after = block_loss(model, index, block, tokens.first(_MEASURED))
     if not math.isfinite(after):
         raise ValueError(f"tuning: {model.family.block_prefix(index)[:-1]}: got a loss of {after}, need a finite one")
@@ -106,10 +106,10 @@ def tune_block(
 
 @torch.no_grad()
 def block_loss(model: BlockModel, index: int, block: TunedBlock, tokens: TuningTokens) -> float:
-    """Mean weighted relative squared error of the block's output over all tokens, in float32."""
+    """Mean weighted relative squared error of the block's output over all tokens."""
     weights, tensors, total = tokens.weights(), block.tensors(), 0.0
     for batch in torch.arange(len(tokens.inputs)).split(_SEQUENCES_AT_ONCE):
-        total += float(_loss(model, index, tensors, tokens, weights, batch, bf16=False)) * len(batch)
+        total += float(_loss(model, index, tensors, tokens, weights, batch)) * len(batch)
     return mean_over_ranks(total / len(tokens.inputs))
 
 
@@ -120,10 +120,7 @@ def _loss(
     tokens: TuningTokens,
     weights: Tensor,
     batch: Tensor,
-    *,
-    bf16: bool,
 ) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        out = model.forward(index, tensors, tokens.inputs[batch])
+    out = model.forward(index, tensors, tokens.inputs[batch])
     error = (out.float() - tokens.targets[batch]).square().sum(-1)
     return (error * weights[batch]).mean()

@@ -53,7 +53,7 @@ def tune_model(
     batches = draw_batches(len(predictions.embedded), spec.model_steps, spec, seed)
     groups = [group for block in blocks for group in block.groups(spec)]
     for step, batch in enumerate(descend(groups, batches)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=spec.bf16):
+        with model.products():
             out = _run(model, blocks, predictions.embedded[batch])
             leaf = out.detach().requires_grad_()
             normed = model.final_norm(leaf, predictions.gain)
