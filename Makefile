@@ -14,7 +14,7 @@ FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu
 .PHONY: quickstart test test-vllm lint tests format clean
 
 quickstart: $(VENV)/.demo
-	$(BIN)/python -m rosaq.demo $(QUICKSTART)
+	$(BIN)/python -m rosaq demo $(QUICKSTART)
 
 test: lint tests
 

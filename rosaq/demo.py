@@ -1,10 +1,9 @@
-"""The quickstart, `python -m rosaq.demo`: a real 135M model quantised two ways, reloaded, measured, asked to talk."""
+"""The quickstart, `rosaq demo`: a real 135M model quantised two ways, reloaded, measured, asked to talk."""
 
 from __future__ import annotations
 
 import importlib.util
 import shutil
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -145,9 +144,3 @@ def _evaluate_all(dense: Path, outputs: dict[str, Path], text: Path | None, wind
             result = evaluate(path, text=text, windows=windows, reference=other, progress=progress)
         results[name] = result.to_dict()
     return results
-
-
-if __name__ == "__main__":
-    from rosaq.cli import main
-
-    main(["demo", *sys.argv[1:]])
