@@ -70,12 +70,20 @@ def quantize_with_basis(weight: Tensor, gram: Tensor, spec: QuantSpec, count: in
         torch.float16
     )  # whatever LAPACK made of the sign
     wide = basis.double()
-    rest = torch.eye(len(gram), dtype=torch.float64) - wide @ torch.linalg.pinv(wide)
-    tensors = quantize_weight(weight, rest @ gram @ rest.T, spec)
+    tensors = quantize_weight(weight, _without(gram, wide), spec)
     w_hat = dequantize(tensors["qweight"], tensors["scales"], tensors.get("zeros"), spec.bits)
     cross = gram @ wide
     correction = (weight - w_hat).double() @ cross @ torch.linalg.pinv(wide.T @ cross, hermitian=True)
     return tensors | {"salient_weight": correction.to(torch.float16), "salient_basis": basis}
+
+
+def _without(gram: Tensor, basis: Tensor) -> Tensor:
+    """(I - P) G (I - P) for the projection P on the columns of basis [k, r], at the cost of k² r."""
+    pinv = torch.linalg.pinv(basis)
+    seen = pinv @ gram  # [r, k]
+    cross = basis @ seen  # P G
+    result: Tensor = gram - cross - cross.T + basis @ (seen @ pinv.T) @ basis.T
+    return result
 
 
 def _check_gram(gram: Tensor, k: int) -> None:
