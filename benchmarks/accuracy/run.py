@@ -6,7 +6,8 @@
 
 Every tool runs in its own environment (made under --work), on one CPU thread, on the same calibration tokens. Its
 checkpoint is decoded to dense float16 weights, and those are evaluated: one code measures all. What is finished is in
-the JSON and is not run again, so that a run of hours can be stopped at any time; --only picks runs by name.
+the JSON and is not run again, so that a run of hours can be stopped at any time (a row without one of the texts gets
+it from its checkpoint); --only picks runs by name.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from rosaq.text import read_text, select_documents, token_windows
 
 HERE = Path(__file__).parent
 CONTEXT = 512
+LONG_CONTEXT = 2048
 KEPT = ("ppl", "bits_per_byte", "kl", "kl_p99", "top1_agreement", "tokens")
 
 
@@ -55,20 +57,19 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     record = _record(arguments)
     reference = load_subject(arguments.model)
-    done = {row["name"] for row in record["rows"]}
-    if "float16" not in done:
-        _add(
-            arguments.out,
-            record,
-            {"name": "float16", "tool": None, "bits_per_weight": 16.0} | _scores(arguments, reference),
-        )
+    rows = {row["name"]: row for row in record["rows"]}
+    base = rows.get("float16", {"name": "float16", "tool": None, "bits_per_weight": 16.0})
+    _measure(base, reference, None, arguments, record)
     for run in RUNS:
-        if run.name in done or (arguments.only is not None and run.name not in arguments.only):
+        if arguments.only is not None and run.name not in arguments.only:
+            continue
+        row = rows.get(run.name)
+        if row is not None and not _missing(row):
             continue
         made = quantise(run, arguments)
         dense, bits = decode(run, arguments.work / slug(run.name), arguments.model)
-        scores = _scores(arguments, load_subject(dense), reference)
-        _add(arguments.out, record, asdict(run) | {"bits_per_weight": bits} | made | scores)
+        row = row or asdict(run) | {"bits_per_weight": bits} | made
+        _measure(row, load_subject(dense), reference, arguments, record)
 
 
 def slug(name: str) -> str:
@@ -82,6 +83,7 @@ def _record(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model.name,
         "calibration": f"{arguments.calibration.name}[{arguments.documents}], windows of {CONTEXT} tokens, seed 0",
         "evaluation": f"{arguments.text.name}, the first {windows}, no BOS, float32",
+        "evaluation_long": f"the same tokens in windows of {LONG_CONTEXT}",
         "held_back": f"{arguments.held_back.name}[{arguments.held_back_documents}], likewise",
         "not_run": NOT_RUN,
     }
@@ -94,10 +96,35 @@ def _record(arguments: argparse.Namespace) -> dict[str, Any]:
     return record | head
 
 
-def _add(path: Path, record: dict[str, Any], row: dict[str, Any]) -> None:
-    record["rows"].append(row)
-    path.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    print(json.dumps(row), flush=True)
+def _texts(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What a row is measured on, by its key there; the long windows hold the same tokens as the short ones."""
+    tokens = arguments.windows * CONTEXT
+    wiki = {"text": arguments.text, "documents": None}
+    held_back = {"text": arguments.held_back, "documents": arguments.held_back_documents}
+    short, long = ({"context": c, "windows": max(1, tokens // c)} for c in (CONTEXT, LONG_CONTEXT))
+    return {"evaluation": wiki | short, "held_back": held_back | short, "evaluation_long": wiki | long}
+
+
+def _missing(row: dict[str, Any]) -> list[str]:
+    return [name for name in ("evaluation", "held_back", "evaluation_long") if name not in row]
+
+
+def _measure(
+    row: dict[str, Any],
+    subject: Subject,
+    reference: Subject | None,
+    arguments: argparse.Namespace,
+    record: dict[str, Any],
+) -> None:
+    """Measure what the row lacks, and write the record."""
+    missing, texts = _missing(row), _texts(arguments)
+    for name in missing:
+        result: EvalResult = evaluate(subject, reference=reference, **texts[name])
+        row[name] = {key: getattr(result, key) for key in KEPT}
+    if missing:
+        record["rows"] = [other for other in record["rows"] if other["name"] != row["name"]] + [row]
+        arguments.out.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+        print(json.dumps(row), flush=True)
 
 
 def quantise(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -193,17 +220,6 @@ def decode(run: Run, folder: Path, model: Path) -> tuple[Path, float]:
         rosaq.convert(native, source, force=True)
     rosaq.convert(source, dense, to="dense", force=True)
     return dense, bits_per_weight(native, model)
-
-
-def _scores(arguments: argparse.Namespace, subject: Subject, reference: Subject | None = None) -> dict[str, Any]:
-    texts = {"evaluation": (arguments.text, None), "held_back": (arguments.held_back, arguments.held_back_documents)}
-    scores = {}
-    for name, (text, documents) in texts.items():
-        result: EvalResult = evaluate(
-            subject, text=text, documents=documents, context=CONTEXT, windows=arguments.windows, reference=reference
-        )
-        scores[name] = {key: getattr(result, key) for key in KEPT}
-    return scores
 
 
 if __name__ == "__main__":
