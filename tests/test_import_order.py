@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "models": {"config"},
     "rotation": {"config", "models"},
     "calibrate": {"config", "specs", "layout", "experts", "models"},
-    "quantizers": {"config", "specs", "layout"},
+    "quantizers": {"config", "specs", "layout", "rotation"},
     "tuning": {"config", "specs", "layout", "rotation", "calibrate"},
     "recipes": {"config", "specs"},
     "pipeline": {

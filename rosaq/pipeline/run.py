@@ -102,7 +102,7 @@ class Run:
     @property
     def plan(self) -> Plan:
         """What the stages so far decided."""
-        return Plan(self._dense.blocks.family, self._recipe, self.rotations, self.choices)
+        return Plan(self._dense.blocks, self._recipe, self.rotations, self.choices)
 
     def quantize_blocks(self) -> None:
         """All blocks in order; the finished ones of an earlier run are read back instead of made again."""

@@ -74,7 +74,7 @@ def _facts(
     own = [weights[f"{linear}.weight"] for linear in site.linears]
     base = formats(
         recipe,
-        model.family,
+        model,
         rotations.of_block(index),
         {s.name: SiteChoice(recipe.quant.bits, 1) for s in model.family.sites},
     )
