@@ -77,7 +77,7 @@ class Run:
         self._work.save("rotations", self.rotations.to_tensors(), {})
 
     def share_out_bits(self) -> None:
-        """Widths and numbers of directions per site, where the recipe has a budget."""
+        """Widths and numbers of directions per site, where the recipe has a budget; experts of a block share theirs."""
         budget = self._recipe.budget
         if budget.is_fixed:
             return
@@ -92,7 +92,9 @@ class Run:
                 self._embed(self._ids[: budget.sequences], self.rotations.residual),
                 self._spec.seed,
             )
-            self.choices = share_out(facts, budget, self._recipe.quant)
+            shared = share_out(facts, budget, self._recipe.quant)
+            sites = self._dense.blocks.family.sites
+            self.choices = [{site.name: block[site.stage] for site in sites} for block in shared]
             self._work.save("choices", {}, {"choices": [[asdict(c) for c in b.values()] for b in self.choices]})
             return
         names = [site.name for site in self._dense.blocks.family.sites]
