@@ -21,6 +21,10 @@ RECIPES: dict[str, Recipe] = {
     "quarot": Recipe("quarot", _GPTQ, RotationSpec("random", "random", "hadamard")),
     # the ROSAQ paper: principal axes, the K largest eigenvalues in FP16, the rest rounded to nearest
     "rosaq": Recipe("rosaq", _RTN, RotationSpec("pca", "pca"), SalientSpec(16)),
+    # the same per layer: every site keeps its own K directions as an online projection, and nothing is rotated
+    "rosaq-basis": Recipe("rosaq-basis", _RTN, salient=SalientSpec(16, basis=("residual", "values", "hidden"))),
+    # per layer to the letter: every site rotates its input by its own dense PCA matrix, larger than its codes
+    "rosaq-layer": Recipe("rosaq-layer", _RTN, RotationSpec("dense", "dense", "dense"), SalientSpec(16, basis=())),
     # ours: few principal directions in FP16, a random basis of the rest, second moments that listen to attended tokens,
     # GPTQ with the salient columns as correctors, scales and codes once more, then tuning block by block and as a whole
     "rosaq-gptq": Recipe(
@@ -80,7 +84,7 @@ def make_recipe(
     if salient is not None:
         if salient < 0:
             raise ValueError(f"salient: got {salient}, need 0 or more")
-        if salient and chosen.by == "eigenvalue" and "pca" not in recipe.rotation.residual:
+        if salient and chosen.by == "eigenvalue" and not recipe.has_principal_directions:
             chosen = replace(chosen, by="energy")  # without principal axes the largest channels are what there is
         chosen = replace(chosen, count=salient, online=chosen.online if salient else None)
     listened = recipe.importance if importance is None else replace(recipe.importance, strategy=importance)

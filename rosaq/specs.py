@@ -73,18 +73,35 @@ class RotationSpec:
 
     residual    folded into the weights: "none", "random" (randomised Hadamard or Haar), "pca" (principal axes in
                 order of eigenvalue), "pca-random" (salient principal axes first, random basis of the rest). Or online
-                at every site that reads the stream: "hadamard" (shared block), where nothing can be folded.
-    values      per key-value head, folded into v_proj and o_proj: "none", "random", "pca".
-    mlp_out     online at down_proj's input: "none", "hadamard" (shared block).
+                at every site that reads the stream: "hadamard" (shared block), where nothing can be folded, or "dense".
+    values      per key-value head, folded into v_proj and o_proj: "none", "random", "pca". Or online: "dense".
+    mlp_out     online at down_proj's input: "none", "hadamard" (shared block), "dense".
+
+    "dense" is the site's own principal axes as one [1, k, k] matrix, made with the site's codes: ROSAQ per layer, to
+    the letter. It takes more bytes than the codes.
     """
 
-    residual: Literal["none", "random", "pca", "pca-random", "hadamard"] = "none"
-    values: Literal["none", "random", "pca"] = "none"
-    mlp_out: Literal["none", "hadamard"] = "none"
+    residual: Literal["none", "random", "pca", "pca-random", "hadamard", "dense"] = "none"
+    values: Literal["none", "random", "pca", "dense"] = "none"
+    mlp_out: Literal["none", "hadamard", "dense"] = "none"
+
+    @property
+    def _kinds(self) -> dict[str, str]:
+        return {"residual": self.residual, "values": self.values, "hidden": self.mlp_out}
 
     @property
     def is_identity(self) -> bool:
-        return self == RotationSpec()
+        """True where no weight is changed before its site is quantised."""
+        return set(self._kinds.values()) <= {"none", "dense"}
+
+    def is_dense(self, reads: str) -> bool:
+        """True where the sites that read `reads` rotate their input online by their own principal axes."""
+        return self._kinds[reads] == "dense"
+
+    @property
+    def any_dense(self) -> bool:
+        """True where any site does."""
+        return "dense" in self._kinds.values()
 
 
 STRATEGIES = ("uniform", "attention", "norm", "change", "distance", "rarity", "chunks")
@@ -250,6 +267,11 @@ class Recipe:
             raise ValueError(f"budget: got one with moments {self.moments!r}, need 'dense' (recipe rosaq-gptq)")
         if self.tunes and self.moments != "dense":
             raise ValueError(f"tune: got steps with moments {self.moments!r}, need 'dense'")
+        if self.rotation.any_dense and (self.tunes or not self.budget.is_fixed):
+            raise ValueError("rotation: got 'dense' with tuning or a budget, need a rotation chosen before the codes")
+        both = [r for r in self.salient.sites if self.rotation.is_dense(r) and self.salient.is_basis(r)]
+        if self.salient.count and both:
+            raise ValueError(f"salient: got a basis and a dense rotation at sites that read {both}, need one of them")
 
     @property
     def tunes(self) -> bool:
@@ -257,7 +279,12 @@ class Recipe:
         return bool(self.tune.steps or self.tune.model_steps)
 
     @property
+    def has_principal_directions(self) -> bool:
+        """True where sites that read the residual stream know principal directions, by a rotation or a basis."""
+        return self.rotation.residual in ("pca", "pca-random", "dense") or self.salient.is_basis("residual")
+
+    @property
     def needs_tokens(self) -> bool:
         """True when any step looks at activations (plain round to nearest does not)."""
-        looks = self.quant.method == "gptq" or self.salient.count > 0
+        looks = self.quant.method == "gptq" or self.salient.count > 0 or self.rotation.any_dense
         return looks or "pca" in self.rotation.residual or self.rotation.values == "pca"

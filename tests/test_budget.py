@@ -39,7 +39,7 @@ def test_a_diagonal_gram_leaves_the_geometric_mean_of_what_is_not_kept():
     fact = site(sensitivity=3.0, decay=0.5)
     values = torch.exp(-0.5 * torch.arange(K, dtype=torch.float64))
     for count in range(5):
-        want = 3.0 * N * (K - count) * values[count:].log().mean().exp() / 49 / 12
+        want = 3.0 * (K - count) * values[count:].log().mean().exp() / 49 / 12
         assert fact.loss(SiteChoice(3, count)) == pytest.approx(float(want), rel=1e-9)
     assert fact.loss(SiteChoice(4, 1)) / fact.loss(SiteChoice(3, 1)) == pytest.approx(49 / 225)
 
@@ -96,7 +96,7 @@ def test_the_predicted_loss_is_what_gptq_leaves():
     kept, rest, energy = spectrum_of(gram, 1, 0.01, torch.arange(1))
     spec = QuantSpec(3, 32, method="gptq", clip=False)
     steps = squared_steps([weight], spec, (3, 4))
-    fact = SiteFacts(((K, 256),), LinearFormat(3, 32), 1.0, steps, kept, rest, energy)
+    fact = SiteFacts(((K, 256),), LinearFormat(3, 32), 256.0, steps, kept, rest, energy)
     losses = {}
     for bits in (3, 4):
         stored = quantize_weight(weight, gram, replace(spec, bits=bits))

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "models": {"config"},
     "rotation": {"config", "models"},
     "calibrate": {"config", "specs", "layout", "experts", "models"},
-    "quantizers": {"config", "specs", "layout"},
+    "quantizers": {"config", "specs", "layout", "rotation"},
     "tuning": {"config", "specs", "layout", "rotation", "calibrate"},
     "recipes": {"config", "specs"},
     "pipeline": {
@@ -92,7 +92,7 @@ MAY_IMPORT = {
     },
 }
 # (part, imported part): inside a function, where the halves meet on purpose.
-LAZY_EXCEPTIONS = {("linear", "quantizers"), ("integrations", "quantizers"), ("demo", "cli")}
+LAZY_EXCEPTIONS = {("linear", "quantizers"), ("integrations", "quantizers")}
 
 
 def part_of(path):

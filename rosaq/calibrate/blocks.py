@@ -199,9 +199,11 @@ class BlockModel:
             for handle in hooks:
                 handle.remove()
 
-    def forward_with_outputs(self, index: int, tensors: Tensors, hidden: Tensor) -> tuple[Tensor, Tensors]:
-        """(`forward`, {linear: its own output}), all differentiable. Not for mixtures: an expert sees a few tokens."""
+    def forward_with_outputs(self, index: int, tensors: Tensors, hidden: Tensor) -> tuple[Tensor, Tensors, Tensors]:
+        """(`forward`, {linear: its own output}, {linear of an expert: the batch's tokens that its rows are}), outputs
+        differentiable. The linears of an expert that no token was routed to are left out."""
         outputs: Tensors = {}
+        tokens: Tensors = {}
 
         def keep(name: str) -> Any:
             def hook(_module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> None:
@@ -209,10 +211,16 @@ class BlockModel:
 
             return hook
 
+        def route(_experts: nn.Module, args: tuple[Any, ...]) -> None:
+            for site in self.family.sites:
+                if site.expert is not None:
+                    tokens.update(dict.fromkeys(site.linears, routed(args[1], site.expert)[0]))
+
         block = self._blocks[index]
         hooks = [block.get_submodule(name).register_forward_hook(keep(name)) for name in self.family.linears]
+        hooks += [m.register_forward_pre_hook(route) for m in block.modules() if isinstance(m, Experts)]
         try:
-            return self.forward(index, tensors, hidden), outputs
+            return self.forward(index, tensors, hidden), outputs, tokens
         finally:
             for handle in hooks:
                 handle.remove()

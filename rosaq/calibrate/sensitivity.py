@@ -27,7 +27,8 @@ def output_sensitivity(
     hidden: Tensor,
     generator: torch.Generator,
 ) -> list[Tensors]:
-    """|g|² of every token at every output, one dict {linear or BLOCK: [batch, length]} per block.
+    """|g|² of every token at every output, one dict {linear or BLOCK: [batch, length]} per block; 0 at an expert for
+    tokens that were not routed to it.
 
     weights(i): the dense tensors of block i. gain [d], head [vocab, d]: of the final norm and the head. hidden
     [batch, length, d]: after the embedding. One forward sweep over the blocks and one back; memory holds the hidden
@@ -63,8 +64,13 @@ def _through_block(
 ) -> tuple[Tensor, Tensors]:
     """(gradient at the block's input, |g|² at its outputs) from the gradient at its output."""
     leaf = hidden.clone().requires_grad_()
-    out, outputs = model.forward_with_outputs(index, weights, leaf)
+    out, outputs, tokens = model.forward_with_outputs(index, weights, leaf)
     names = list(outputs)
     found = torch.autograd.grad(out, [leaf, *(outputs[name] for name in names)], gradient)
     squares = {name: g.square().sum(-1) for name, g in zip(names, found[1:], strict=True)}
+    for name, routed in tokens.items():
+        everywhere = torch.zeros(hidden.shape[:2])
+        if name in squares:
+            everywhere.view(-1)[routed] = squares[name]
+        squares[name] = everywhere
     return found[0], squares | {BLOCK: gradient.square().sum(-1)}

@@ -6,7 +6,14 @@ ever unpickled.
 """
 
 from rosaq.checkpoint.hashes import HASHES_FILE, file_hash, read_hashes, write_hashes
-from rosaq.checkpoint.measure import bits_per_weight, linear_bytes, linear_sizes, read_config, total_bytes
+from rosaq.checkpoint.measure import (
+    bits_by_tensor,
+    bits_per_weight,
+    linear_bytes,
+    linear_sizes,
+    read_config,
+    total_bytes,
+)
 from rosaq.checkpoint.new_directory import new_directory
 from rosaq.checkpoint.reader import INDEX_FILE, SINGLE_FILE, WeightReader, read_header, read_json
 from rosaq.checkpoint.writer import write_shards
@@ -16,6 +23,7 @@ __all__ = [
     "INDEX_FILE",
     "SINGLE_FILE",
     "WeightReader",
+    "bits_by_tensor",
     "bits_per_weight",
     "file_hash",
     "linear_bytes",

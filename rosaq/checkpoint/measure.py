@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -67,18 +68,33 @@ def _told(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:
 
 def linear_bytes(reader: WeightReader, config: CheckpointConfig, module: str, size: tuple[int, int]) -> int:
     """Bytes of every tensor but the bias of the quantised linear `module` of size (n, k)."""
+    return sum(_bytes_by_tensor(reader, config, module, size).values())
+
+
+def _bytes_by_tensor(
+    reader: WeightReader, config: CheckpointConfig, module: str, size: tuple[int, int]
+) -> dict[str, int]:
     n, k = size
-    return sum(reader.nbytes(f"{module}.{tensor}") for tensor in config.format_of(module).tensor_shapes(k, n))
+    return {name: reader.nbytes(f"{module}.{name}") for name in config.format_of(module).tensor_shapes(k, n)}
 
 
-def bits_per_weight(directory: str | Path) -> float:
-    """Bits stored per weight of the quantised linears: every tensor of theirs but the bias, over the sum of n * k."""
+def bits_by_tensor(directory: str | Path) -> dict[str, float]:
+    """{"qweight": bits stored per weight of the quantised linears, ...} of every tensor but the bias: what
+    `bits_per_weight` is the sum of."""
     config, reader = read_config(directory), WeightReader(directory)
     sizes = linear_sizes(config, reader)
     if not sizes:
         raise ValueError(f"{directory}: got no quantised linear, need tensors named *.qweight")
-    stored = sum(linear_bytes(reader, config, module, size) for module, size in sizes.items())
-    return 8 * stored / sum(n * k for n, k in sizes.values())
+    stored: Counter[str] = Counter()
+    for module, size in sizes.items():
+        stored.update(_bytes_by_tensor(reader, config, module, size))
+    num_weights = sum(n * k for n, k in sizes.values())
+    return {name: 8 * num_bytes / num_weights for name, num_bytes in stored.items()}
+
+
+def bits_per_weight(directory: str | Path) -> float:
+    """Bits stored per weight of the quantised linears: every tensor of theirs but the bias, over the sum of n * k."""
+    return sum(bits_by_tensor(directory).values())
 
 
 def total_bytes(directory: str | Path) -> int:

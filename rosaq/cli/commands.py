@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 import rosaq
-from rosaq.checkpoint import bits_per_weight, read_config, total_bytes
+from rosaq.checkpoint import bits_by_tensor, read_config, total_bytes
 from rosaq.cli.evaluate import eval_command
 from rosaq.cli.options import Documents, JsonFile, calibration_documents
 from rosaq.cli.quantize import quantize_command
@@ -71,7 +71,7 @@ def inspect_command(
 ) -> None:
     """Show what is in a checkpoint: formats, bits per weight, bytes, errors."""
     console = Console()
-    console.print(config_table(read_config(directory), bits_per_weight(directory), total_bytes(directory)))
+    console.print(config_table(read_config(directory), bits_by_tensor(directory), total_bytes(directory)))
     console.print(kinds_table(linears_by_kind(directory)))
     if layers:
         rows = read_layers(directory)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import rosaq
 from rosaq.cli.options import Documents, JsonFile, calibration_documents
-from rosaq.recipes import preset_of
+from rosaq.recipes import RECIPES, preset_of
 from rosaq.report.progress import quantize_progress
 from rosaq.report.record import write_record
 from rosaq.report.tables import quantize_table
@@ -24,7 +24,7 @@ from rosaq.specs import STRATEGIES, CalibrationSpec
 def quantize_command(
     model: Annotated[str, typer.Argument(help="Dense model: a directory or a hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New directory for the checkpoint.")],
-    recipe: Annotated[str, typer.Option(help="rtn, gptq, quarot, rosaq or rosaq-gptq.")] = "rosaq-gptq",
+    recipe: Annotated[str, typer.Option(help=f"{', '.join(RECIPES)}.")] = "rosaq-gptq",
     preset: Annotated[str, typer.Option(help="fast, default or best: how much work goes into it.")] = "default",
     bits: Annotated[int, typer.Option(help="3 or 4.")] = 3,
     group_size: Annotated[int, typer.Option(help="In-features per scale; -1 for whole rows.")] = 64,

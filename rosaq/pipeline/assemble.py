@@ -96,7 +96,7 @@ def _config(model: DenseModel, plan: Plan) -> dict[str, Any]:
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     if plan.rotations.residual is not None:
         config["tie_word_embeddings"] = False
-    family = plan.family
+    family = plan.model.family
     per_block = [plan.formats(index) for index in range(len(plan.choices))]
     default, overrides = shared_formats(per_block, family)
     sizes = set.intersection(*(set(_tp_sizes(model, fmts)) for fmts in per_block))

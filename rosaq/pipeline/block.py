@@ -15,7 +15,13 @@ from rosaq.layout import dequantize
 from rosaq.models import Family, Site
 from rosaq.pipeline.budget import SiteChoice
 from rosaq.pipeline.moments import SiteMoments
-from rosaq.quantizers import NotPositiveDefiniteError, energy_index, quantize_weight, quantize_with_basis
+from rosaq.quantizers import (
+    NotPositiveDefiniteError,
+    energy_index,
+    quantize_in_axes,
+    quantize_weight,
+    quantize_with_basis,
+)
 from rosaq.rotation import BlockRotations, rotate_blocks
 from rosaq.specs import Recipe
 from rosaq.tuning import TunedBlock, TunedLinear, TuningTokens, tune_block
@@ -40,18 +46,20 @@ class LinearReport:
 
 
 def formats(
-    recipe: Recipe, family: Family, rotations: BlockRotations, choices: dict[str, SiteChoice]
+    recipe: Recipe, model: BlockModel, rotations: BlockRotations, choices: dict[str, SiteChoice]
 ) -> dict[str, LinearFormat]:
     """The format of every linear of a block, by its path inside the block."""
-    quant = recipe.quant
+    quant, sizes = recipe.quant, model.linear_sizes()
     result: dict[str, LinearFormat] = {}
-    for site in family.sites:
+    for site in model.family.sites:
         bits, count = choices[site.name].bits, choices[site.name].num_salient
         kind: SalientKind = "basis" if count and recipe.salient.is_basis(site.reads) else "index"
         fmt = LinearFormat(bits, quant.group_size, quant.symmetric, count, kind)
         if site.name in rotations.online:
             size = rotations.online[site.name].shape
             fmt = replace(fmt, rotation_blocks=size[0], rotation_size=size[1])
+        elif recipe.rotation.is_dense(site.reads):
+            fmt = replace(fmt, rotation_blocks=1, rotation_size=sizes[site.linears[0]][0])
         result |= dict.fromkeys(site.linears, fmt)
     return result
 
@@ -107,7 +115,7 @@ def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
     second moments come from a forward pass through the quantised sites before it.
     """
     model, recipe, weights = task.model, task.recipe, task.weights
-    fmts = formats(recipe, model.family, task.rotations, task.choices)
+    fmts = formats(recipe, model, task.rotations, task.choices)
     current = online(weights, model.family, task.rotations)
     # once per block, before any of its linears is quantised
     importance = [
@@ -134,7 +142,7 @@ def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
         made, gains, loss = _tune(task, streams.quantised, outputs, importance, made, fmts)
     grams = moments.grams
     reports = [
-        _report(task, linear, fmts[linear], grams.get(site.name), made[linear])
+        _report(task, site, linear, fmts[linear], grams.get(site.name), made[linear])
         for site in model.family.sites
         for linear in site.linears
     ]
@@ -193,7 +201,10 @@ def _quantize_site(site: Site, task: BlockTask, gram: Tensor | None) -> dict[str
     w = torch.cat([weights[f"{linear}.weight"] for linear in site.linears])
     count = task.choices[site.name].num_salient
     quant = replace(task.recipe.quant, bits=task.choices[site.name].bits)
-    if count and task.recipe.salient.is_basis(site.reads):
+    if task.recipe.rotation.is_dense(site.reads):
+        assert gram is not None
+        tensors = quantize_in_axes(w, gram, quant, count)
+    elif count and task.recipe.salient.is_basis(site.reads):
         assert gram is not None
         tensors = quantize_with_basis(w, gram, quant, count)
     else:
@@ -243,9 +254,12 @@ def effective_weight(tensors: Tensors, fmt: LinearFormat, *, rotated: bool = Fal
     return w
 
 
-def _report(task: BlockTask, linear: str, fmt: LinearFormat, gram: Tensor | None, tensors: Tensors) -> LinearReport:
+def _report(
+    task: BlockTask, site: Site, linear: str, fmt: LinearFormat, gram: Tensor | None, tensors: Tensors
+) -> LinearReport:
     w = task.weights[f"{linear}.weight"]
-    wide, error = w.double(), (effective_weight(tensors, fmt, rotated=True) - w).double()
+    is_rotated = not task.recipe.rotation.is_dense(site.reads)  # before the codes were made, and its gram too
+    wide, error = w.double(), (effective_weight(tensors, fmt, rotated=is_rotated) - w).double()
     if gram is None:
         signal, noise = wide.square().sum(), error.square().sum()
     else:

@@ -1,6 +1,6 @@
 """Share bits and 16-bit directions out between the sites of all blocks, by what each of them buys.
 
-The price of a site is what GPTQ is expected to leave of it: sensitivity of its outputs, times the squared step of its
+The price of a site is what GPTQ is expected to leave of it: sensitivity to its errors, times the squared step of its
 grid, times the geometric mean of the second moments that are not kept (the product of the conditional variances is the
 determinant, so error feedback leaves every channel about that much). One more bit divides the squared step by 4.6; one
 more direction takes the largest eigenvalue out of the mean. Whatever takes most off the sum for its bits comes next.
@@ -21,13 +21,13 @@ from rosaq.specs import BudgetSpec, QuantSpec, Recipe
 
 @dataclass(frozen=True, order=True)
 class SiteChoice:
-    """Width of the codes and number of 16-bit directions of one site of one block."""
+    """Width of the codes and number of 16-bit directions of one site of one block, or of one stage of it."""
 
     bits: int
     num_salient: int
 
 
-Choices = list[dict[str, SiteChoice]]  # one dict per block: {site name: its choice}
+Choices = list[dict[str, SiteChoice]]  # one dict per block: {name of a site or stage: its choice}
 
 
 def same_everywhere(recipe: Recipe, family: Family, num_blocks: int) -> Choices:
@@ -39,11 +39,12 @@ def same_everywhere(recipe: Recipe, family: Family, num_blocks: int) -> Choices:
 
 @dataclass(frozen=True)
 class SiteFacts:
-    """One site of one block, as far as bits are concerned.
+    """One stage of one block, as far as bits are concerned: one site, or the same site of all experts of a mixture,
+    which get the same width and number of directions.
 
     sizes           (k, n) of each of its linears.
     base            their format, of which bits and num_salient are to be chosen.
-    sensitivity     what a unit of squared error in one of its outputs costs (any unit, the same for all sites).
+    sensitivity     what errors of variance 1 in all its outputs cost (any unit, the same for all).
     squared_step    {bits: mean squared step of the grid}.
     kept            [most] second moments of the directions that may be kept, largest first.
     log_rest        [most + 1] sum of the logs of the second moments that are left with 0, 1, ... directions kept.
@@ -64,10 +65,9 @@ class SiteFacts:
 
     def loss(self, choice: SiteChoice) -> float:
         """Expected cost of the site's rounding errors."""
-        k, rows = self.sizes[0][0], sum(n for _, n in self.sizes)
-        left = k - choice.num_salient
+        left = self.sizes[0][0] - choice.num_salient
         variance = float(torch.exp(self.log_rest[choice.num_salient] / left))
-        return self.sensitivity * rows * left * variance * self.squared_step[choice.bits] / 12
+        return self.sensitivity * left * variance * self.squared_step[choice.bits] / 12
 
     def bits(self, choice: SiteChoice) -> int:
         """Bits of every tensor of its linears, as `bits_per_weight` counts them."""
@@ -89,7 +89,7 @@ def stored_bits(fmt: LinearFormat, in_features: int, out_features: int) -> int:
 
 
 def share_out(facts: list[dict[str, SiteFacts]], spec: BudgetSpec, quant: QuantSpec) -> Choices:
-    """The choices for all sites: under `spec.target_bits`, or directions by `spec.energy` at the width of `quant`.
+    """The choices for all stages: under `spec.target_bits`, or directions by `spec.energy` at the width of `quant`.
 
     ValueError naming the reachable range if the budget cannot be met.
     """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rosaq.calibrate import BlockModel
 from rosaq.config import LinearFormat
-from rosaq.models import Family
 from rosaq.pipeline.block import formats
 from rosaq.pipeline.budget import Choices
 from rosaq.pipeline.rotations import Rotations
@@ -16,11 +16,11 @@ from rosaq.specs import Recipe
 class Plan:
     """Recipe, rotations, and the width and number of directions of every site of every block."""
 
-    family: Family
+    model: BlockModel
     recipe: Recipe
     rotations: Rotations
     choices: Choices
 
     def formats(self, index: int) -> dict[str, LinearFormat]:
         """Of every linear of block `index`, by its path inside the block."""
-        return formats(self.recipe, self.family, self.rotations.of_block(index), self.choices[index])
+        return formats(self.recipe, self.model, self.rotations.of_block(index), self.choices[index])

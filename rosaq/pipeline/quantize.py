@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rosaq.calibrate import is_first_rank
-from rosaq.checkpoint import bits_per_weight, total_bytes
+from rosaq.checkpoint import bits_by_tensor, total_bytes
 from rosaq.pipeline.assemble import Report, write_checkpoint
-from rosaq.pipeline.request import calibration_windows, check_formats, fit_to_family, request_of
+from rosaq.pipeline.request import calibration_windows, check_formats, fit_to_family, request_of, tell_dense_rotations
 from rosaq.pipeline.run import Run
 from rosaq.pipeline.source import DenseModel, local_directory
 from rosaq.pipeline.workspace import Workspace, check_output
@@ -36,11 +36,13 @@ class ProgressEvent:
 @dataclass(frozen=True)
 class QuantizeResult:
     """What a run made. rotation_error: largest logit difference between the dense and the folded and rotated model,
-    relative to the largest logit (None where nothing was rotated). bytes: all tensors of the checkpoint."""
+    relative to the largest logit (None where nothing was rotated). bytes: all tensors of the checkpoint.
+    bits_by_tensor: what bits_per_weight is the sum of, {"qweight": bits, "scales": bits, ...}."""
 
     output: str
     recipe: str
     bits_per_weight: float
+    bits_by_tensor: dict[str, float]
     bytes: int
     seconds: float
     rotation_error: float | None
@@ -105,6 +107,7 @@ def quantize(
     dense = DenseModel(local_directory(model), bf16=spec.bf16)
     chosen = fit_to_family(with_counted_salient(chosen, dense.blocks.sizes.hidden), dense.blocks.family)
     check_formats(dense.blocks, chosen)
+    tell_dense_rotations(dense.blocks, chosen)
     input_ids = calibration_windows(dense, calibration, spec)
     work = Workspace(output, request_of(dense, chosen, spec, input_ids), force=force, resume=resume)
 
@@ -128,10 +131,12 @@ def quantize(
         work.discard_if_empty()
         raise
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    stored = bits_by_tensor(output)
     return QuantizeResult(
         output=str(output),
         recipe=chosen.name,
-        bits_per_weight=bits_per_weight(output),
+        bits_per_weight=sum(stored.values()),
+        bits_by_tensor=stored,
         bytes=total_bytes(output),
         seconds=time.monotonic() - started,
         rotation_error=error,

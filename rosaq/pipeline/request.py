@@ -15,7 +15,10 @@ from torch import Tensor
 from rosaq.calibrate import BlockModel, num_ranks
 from rosaq.config import LinearFormat
 from rosaq.models import Family
+from rosaq.pipeline.block import formats
+from rosaq.pipeline.budget import same_everywhere, stored_bits
 from rosaq.pipeline.source import DenseModel
+from rosaq.rotation import BlockRotations
 from rosaq.specs import CalibrationSpec, Recipe
 from rosaq.text import builtin_text, token_windows
 
@@ -28,7 +31,7 @@ def fit_to_family(recipe: Recipe, family: Family) -> Recipe:
     Hadamard block.
     """
     rotation, salient = recipe.rotation, recipe.salient
-    if not family.is_post_normed or rotation.residual in ("none", "hadamard"):
+    if not family.is_post_normed or rotation.residual in ("none", "hadamard", "dense"):
         return recipe
     online: Literal["none", "hadamard"] = "none" if rotation.residual == "pca" else "hadamard"
     if salient.count and salient.by == "eigenvalue":
@@ -45,12 +48,28 @@ def fit_to_family(recipe: Recipe, family: Family) -> Recipe:
 
 def check_formats(model: BlockModel, recipe: Recipe) -> None:
     """Refuse what the recipe cannot do with this model before any work, naming the linear."""
-    if not recipe.budget.is_fixed and model.sizes.num_experts:
-        raise ValueError(f"budget: got one for {model.family.name}, need a model without experts")
     for name, (k, n) in model.linear_sizes().items():
         site = next(s for s in model.family.sites if name in s.linears)
         quant, count = recipe.quant, recipe.salient.count_at(site.reads)
         LinearFormat(quant.bits, quant.group_size, quant.symmetric, count).check_sizes(k, n, name)
+
+
+def tell_dense_rotations(model: BlockModel, recipe: Recipe) -> None:
+    """Warn of what dense online rotations cost, where the recipe makes any."""
+    if not recipe.rotation.any_dense:
+        return
+    sizes = model.linear_sizes()
+    fmts = formats(recipe, model, BlockRotations(), same_everywhere(recipe, model.family, 1)[0])
+    num_weights = sum(k * n for k, n in sizes.values())
+    stored = sum(stored_bits(fmt, *sizes[linear]) for linear, fmt in fmts.items()) / num_weights
+    rotations = sum(16 * fmt.rotation_size**2 for fmt in fmts.values()) / num_weights
+    warnings.warn(
+        f"{recipe.name}: got dense rotations, one for each linear: {rotations:.2f} of {stored:.2f} bits per weight are "
+        "theirs (the dense model has 16), and they are read with every token; need a folded rotation or a basis "
+        "(recipes rosaq, rosaq-basis) where size or speed counts",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def calibration_windows(dense: DenseModel, calibration: list[str] | None, spec: CalibrationSpec) -> Tensor:

@@ -77,7 +77,7 @@ class Run:
         self._work.save("rotations", self.rotations.to_tensors(), {})
 
     def share_out_bits(self) -> None:
-        """Widths and numbers of directions per site, where the recipe has a budget."""
+        """Widths and numbers of directions per site, where the recipe has a budget; experts of a block share theirs."""
         budget = self._recipe.budget
         if budget.is_fixed:
             return
@@ -92,7 +92,9 @@ class Run:
                 self._embed(self._ids[: budget.sequences], self.rotations.residual),
                 self._spec.seed,
             )
-            self.choices = share_out(facts, budget, self._recipe.quant)
+            shared = share_out(facts, budget, self._recipe.quant)
+            sites = self._dense.blocks.family.sites
+            self.choices = [{site.name: block[site.stage] for site in sites} for block in shared]
             self._work.save("choices", {}, {"choices": [[asdict(c) for c in b.values()] for b in self.choices]})
             return
         names = [site.name for site in self._dense.blocks.family.sites]
@@ -102,7 +104,7 @@ class Run:
     @property
     def plan(self) -> Plan:
         """What the stages so far decided."""
-        return Plan(self._dense.blocks.family, self._recipe, self.rotations, self.choices)
+        return Plan(self._dense.blocks, self._recipe, self.rotations, self.choices)
 
     def quantize_blocks(self) -> None:
         """All blocks in order; the finished ones of an earlier run are read back instead of made again."""

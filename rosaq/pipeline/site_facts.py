@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -27,7 +28,11 @@ def measure_sites(
     hidden: Tensor,
     seed: int,
 ) -> list[dict[str, SiteFacts]]:
-    """{site name: its facts} of every block.
+    """{stage: its facts} of every block.
+
+    The second moments of experts are added up over all of them: each expert keeps directions of its own, but a few
+    sequences are too few to tell one expert's spectrum. So what is predicted is an upper bound: their own directions
+    hold at least what common ones hold.
 
     rotated(i): the weights of block i, folded and rotated. final: gain [d] and head [vocab, d] of the rotated stream.
     hidden [batch, length, d]: after the embedding, in the rotated stream; memory holds it once per block.
@@ -43,21 +48,26 @@ def measure_sites(
         inputs, out = model.inputs_of(index, running(index), hidden, model.family.sites, stop=False)
         assert out is not None
         found = {}
-        for site in model.family.sites:
-            # an error's cost is |g|² / n on average over its direction in the n outputs
-            costs = [squares[index][name] / len(weights[f"{name}.weight"]) for name in site.linears]
-            cost = torch.stack(costs).sum(0).flatten()
-            x, turned = inputs[site.name].x, rotations.online.get(site.name)
-            gram = Gram(x.shape[-1])
-            gram.add_tokens(Tokens(x if turned is None else rotate_blocks(x, turned), cost))
-            found[site.name] = _facts(site, model, recipe, rotations, index, weights, gram.mean(), float(cost.mean()))
+        for stage, group in groupby(model.family.sites, key=lambda site: site.stage):
+            sites, total = list(group), 0.0
+            gram = Gram(weights[f"{sites[0].linears[0]}.weight"].shape[1])
+            for site in sites:
+                # errors of variance 1 in all outputs cost |g|²
+                cost = torch.stack([squares[index][name] for name in site.linears]).sum(0).flatten()
+                total += float(cost.double().sum())
+                if site.name in inputs:  # else no token was routed to this expert
+                    x, turned = inputs[site.name].x, rotations.online.get(site.name)
+                    x = x if turned is None else rotate_blocks(x, turned)
+                    gram.add_tokens(Tokens(x, inputs[site.name].of_tokens(cost)))
+            sensitivity = total / hidden[..., 0].numel()
+            found[stage] = _facts(sites, model, recipe, rotations, index, weights, gram.mean(), sensitivity)
         facts.append(found)
         hidden = out
     return facts
 
 
 def _facts(
-    site: Site,
+    sites: list[Site],
     model: BlockModel,
     recipe: Recipe,
     rotations: Rotations,
@@ -66,15 +76,16 @@ def _facts(
     gram: Tensor,
     sensitivity: float,
 ) -> SiteFacts:
+    site = sites[0]
     most = min(recipe.budget.most, len(gram) // 4) if recipe.salient.count_at(site.reads) else 0
     order = None
     if not recipe.salient.is_basis(site.reads):
         order = salient_order(site, gram, recipe, most)
     kept, log_rest, energy = spectrum_of(gram, most, recipe.quant.damping, order)
-    own = [weights[f"{linear}.weight"] for linear in site.linears]
+    own = [weights[f"{linear}.weight"] for each in sites for linear in each.linears]
     base = formats(
         recipe,
-        model.family,
+        model,
         rotations.of_block(index),
         {s.name: SiteChoice(recipe.quant.bits, 1) for s in model.family.sites},
     )

@@ -2,7 +2,7 @@
 
 from rosaq.quantizers.gptq import NotPositiveDefiniteError, gptq
 from rosaq.quantizers.grid import Grid, fit_grid
-from rosaq.quantizers.quantize import quantize_weight, quantize_with_basis
+from rosaq.quantizers.quantize import quantize_in_axes, quantize_weight, quantize_with_basis
 from rosaq.quantizers.rtn import rtn
 from rosaq.quantizers.salient import energy_index
 
@@ -12,6 +12,7 @@ __all__ = [
     "energy_index",
     "fit_grid",
     "gptq",
+    "quantize_in_axes",
     "quantize_weight",
     "quantize_with_basis",
     "rtn",

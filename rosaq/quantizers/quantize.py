@@ -12,6 +12,7 @@ from rosaq.quantizers.grid import Grid
 from rosaq.quantizers.refine import refine
 from rosaq.quantizers.rtn import rtn
 from rosaq.quantizers.salient import salient_mask
+from rosaq.rotation import inverse_transpose, principal_axes
 from rosaq.specs import QuantSpec
 
 
@@ -64,11 +65,7 @@ def quantize_with_basis(weight: Tensor, gram: Tensor, spec: QuantSpec, count: in
     """
     _check_gram(gram, weight.shape[1])
     gram = gram.double()
-    axes = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
-    largest = axes.abs().argmax(0)
-    basis = (axes * torch.sign(axes[largest, torch.arange(count)])).to(
-        torch.float16
-    )  # whatever LAPACK made of the sign
+    basis = principal_axes(gram)[1][:, :count].to(torch.float16)
     wide = basis.double()
     tensors = quantize_weight(weight, _without(gram, wide), spec)
     w_hat = dequantize(tensors["qweight"], tensors["scales"], tensors.get("zeros"), spec.bits)
@@ -84,6 +81,20 @@ def _without(gram: Tensor, basis: Tensor) -> Tensor:
     cross = basis @ seen  # P G
     result: Tensor = gram - cross - cross.T + basis @ (seen @ pinv.T) @ basis.T
     return result
+
+
+def quantize_in_axes(weight: Tensor, gram: Tensor, spec: QuantSpec, count: int) -> dict[str, Tensor]:
+    """As `quantize_weight`, in principal axes: rotation float16 [1, k, k] holds the eigenvectors of gram, largest
+    eigenvalue first, and the first `count` channels of t = x · rotation are salient (ROSAQ, per layer).
+
+    The weight is turned by the inverse of the rotation as stored, so rounding that to float16 changes no result.
+    """
+    _check_gram(gram, weight.shape[1])
+    gram = gram.double()
+    rotation = principal_axes(gram)[1].to(torch.float16)
+    wide = rotation.double()
+    turned = (weight.double() @ inverse_transpose(rotation)).float()
+    return quantize_weight(turned, wide.T @ gram @ wide, spec, torch.arange(count)) | {"rotation": rotation[None]}
 
 
 def _check_gram(gram: Tensor, k: int) -> None:

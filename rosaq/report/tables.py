@@ -145,7 +145,27 @@ def describe_format(fmt: LinearFormat) -> str:
     return ", ".join(parts)
 
 
-def config_table(config: CheckpointConfig, bits_per_weight: float, total_bytes: int) -> Table:
+_PARTS = {
+    "codes": ("qweight",),
+    "grids": ("scales", "zeros"),
+    "16-bit directions": ("salient_weight", "salient_index", "salient_basis"),
+    "rotations": ("rotation",),
+}
+
+
+def describe_bits(bits_by_tensor: Mapping[str, float]) -> str:
+    """One line: "3.451: codes 3.000, grids 0.375, 16-bit directions 0.076"; parts that take more than the codes are
+    told so."""
+    parts = {part: sum(bits_by_tensor.get(name, 0.0) for name in names) for part, names in _PARTS.items()}
+    told = [
+        f"{part} {bits:.3f}" + (" (MORE THAN THE CODES)" if bits > parts["codes"] else "")
+        for part, bits in parts.items()
+        if bits
+    ]
+    return f"{sum(bits_by_tensor.values()):.3f}: {', '.join(told)}"
+
+
+def config_table(config: CheckpointConfig, bits_by_tensor: Mapping[str, float], total_bytes: int) -> Table:
     """What a checkpoint's `quantization_config` says, and what its files weigh."""
     table = Table(show_header=False)
     table.add_column("key")
@@ -157,7 +177,7 @@ def config_table(config: CheckpointConfig, bits_per_weight: float, total_bytes: 
         table.add_row(name, describe_format(fmt))
     table.add_row("tensor parallel sizes", ", ".join(map(str, config.tp_sizes)) or "not recorded")
     table.add_row("not converted", ", ".join(config.modules_to_not_convert) or "-")
-    table.add_row("bits/weight of linears", f"{bits_per_weight:.3f}")
+    table.add_row("bits/weight of linears", describe_bits(bits_by_tensor))
     table.add_row("all tensors", format_bytes(total_bytes))
     return table
 
@@ -201,7 +221,7 @@ def quantize_table(result: Mapping[str, Any]) -> Table:
     table.add_column("value", overflow="fold")
     table.add_row("output", str(result["output"]))
     table.add_row("recipe", result["recipe"])
-    table.add_row("bits/weight of linears", f"{result['bits_per_weight']:.3f}")
+    table.add_row("bits/weight of linears", describe_bits(result["bits_by_tensor"]))
     table.add_row("all tensors", format_bytes(result["bytes"]))
     if result["rotation_error"] is not None:
         table.add_row("rotation error of logits", f"{result['rotation_error']:.1e} of the largest")
