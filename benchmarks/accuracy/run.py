@@ -7,7 +7,7 @@
 Every tool runs in its own environment (made under --work), on one CPU thread, on the same calibration tokens. Its
 checkpoint is decoded to dense float16 weights, and those are evaluated: one code measures all. What is finished is in
 the JSON and is not run again, so that a run of hours can be stopped at any time (a row without one of the texts gets
-it from its checkpoint); --only picks runs by name.
+it from its checkpoint); --only picks runs by name. Another --seed draws other calibration windows, for another JSON.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--held-back-documents", default=None)
     parser.add_argument("--windows", type=int, default=20, help="evaluation windows of 512 tokens, of either text")
+    parser.add_argument("--seed", type=int, default=0, help="which calibration windows are drawn")
     parser.add_argument("--work", type=Path, required=True, help="environments and checkpoints go here")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=[run.name for run in RUNS], help="default: all")
@@ -67,21 +68,23 @@ def main() -> None:
         if row is not None and not _missing(row):
             continue
         made = quantise(run, arguments)
-        dense, bits = decode(run, arguments.work / slug(run.name), arguments.model)
+        dense, bits = decode(run, _folder(run, arguments), arguments.model)
         row = row or asdict(run) | {"bits_per_weight": bits} | made
         _measure(row, load_subject(dense), reference, arguments, record)
 
 
-def slug(name: str) -> str:
-    return name.lower().replace(" ", "-")
+def _folder(run: Run, arguments: argparse.Namespace) -> Path:
+    work: Path = arguments.work
+    return work / f"{run.name.lower().replace(' ', '-')}-seed-{arguments.seed}"
 
 
 def _record(arguments: argparse.Namespace) -> dict[str, Any]:
     """What is on disk already, or the head of a new record."""
     windows = f"{arguments.windows} windows of {CONTEXT} tokens"
+    drawn = f"windows of {CONTEXT} tokens, seed {arguments.seed}"
     head = {
         "model": arguments.model.name,
-        "calibration": f"{arguments.calibration.name}[{arguments.documents}], windows of {CONTEXT} tokens, seed 0",
+        "calibration": f"{arguments.calibration.name}[{arguments.documents}], {drawn}",
         "evaluation": f"{arguments.text.name}, the first {windows}, no BOS, float32",
         "evaluation_long": f"the same tokens in windows of {LONG_CONTEXT}",
         "held_back": f"{arguments.held_back.name}[{arguments.held_back_documents}], likewise",
@@ -129,7 +132,7 @@ def _measure(
 
 def quantise(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the tool, unless its checkpoint is complete; {"cpu_seconds", "versions"} of the run that made it."""
-    folder = arguments.work / slug(run.name)
+    folder = _folder(run, arguments)
     note = folder / "run.json"
     if not note.is_file():
         shutil.rmtree(folder, ignore_errors=True)
@@ -152,6 +155,7 @@ def quantise(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
 def _command(run: Run, native: Path, arguments: argparse.Namespace) -> list[str]:
     if run.script is None:
         source = ["--calibration", str(arguments.calibration), "--num-sequences", str(run.sequences)]
+        source += ["--seed", str(arguments.seed)]
         source += ["--documents", arguments.documents] if arguments.documents else []
         return [
             sys.executable,
@@ -189,11 +193,11 @@ def make_environment(tool: str, environment: Environment, work: Path) -> Path:
 
 def _windows(arguments: argparse.Namespace, sequences: int) -> Path:
     """The file with the first `sequences` of the calibration windows, which are those that rosaq's own run draws."""
-    path: Path = arguments.work / f"windows-{sequences}.npy"
+    path: Path = arguments.work / f"windows-{sequences}-seed-{arguments.seed}.npy"
     if not path.is_file():
         documents = select_documents(read_text(arguments.calibration), arguments.documents)
         tokenizer = load_subject(arguments.model).tokenizer
-        every = token_windows(tokenizer, documents, SEQUENCES, CONTEXT, seed=0)
+        every = token_windows(tokenizer, documents, SEQUENCES, CONTEXT, seed=arguments.seed)
         np.save(path, every[:sequences].numpy())
     return path
 
