@@ -58,14 +58,17 @@ def in_int8(call: Call) -> Call:
 
 
 def extra_calls(x: Tensor, n: int, k: int, group_size: int) -> dict[str, Call]:
-    """INT4 with what may go with it: 32 salient directions by index and by basis, a shared rotation of 128."""
+    """INT4 with what may go with it: 32 salient directions by index, 32 and 2 by basis, a shared rotation."""
     salient, basis = torch.randn(n, 32).half(), torch.randn(k, 32).half()
+    two = {"salient_weight": salient[:, :2].contiguous(), "salient_basis": basis[:, :2].contiguous()}
     variants: dict[str, dict[str, Tensor]] = {
         "int4_index32": {"salient_weight": salient, "salient_index": torch.arange(32, dtype=torch.int32)},
         "int4_basis32": {"salient_weight": salient, "salient_basis": basis},
+        "int4_basis2": two,
     }
     if k % 128 == 0:
-        variants["int4_rotation128"] = {"rotation": torch.linalg.qr(torch.randn(1, 128, 128))[0].half()}
+        rotation = torch.linalg.qr(torch.randn(1, 128, 128))[0].half()
+        variants["int4_rotation128"] = {"rotation": rotation.contiguous()}  # as a checkpoint has it; qr does not
     return {name: quantised_call(x, n, k, 4, group_size, **extras)[0] for name, extras in variants.items()}
 
 
