@@ -31,15 +31,19 @@ def rotate_copies(make: Callable[[], T], bytes_each: int, total_bytes: int) -> I
     return cycle(copies)
 
 
-def medians(candidates: dict[str, Callable[[], object]], rounds: int, min_seconds: float = 0.0) -> dict[str, float]:
+def medians(
+    candidates: dict[str, Callable[[], object]], rounds: int, min_seconds: float = 0.0, pause: float = 0.0
+) -> dict[str, float]:
     """Seconds per call of each candidate, the median over `rounds` rounds that call every candidate once in turn.
 
-    Goes on past `rounds` until `min_seconds` have been spent.
+    Goes on past `rounds` until `min_seconds` have been spent. `pause` seconds of sleep come before every call.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     started, done = time.perf_counter(), 0
     while done < rounds or time.perf_counter() - started < min_seconds:
         for name, call in candidates.items():
+            if pause > 0:
+                time.sleep(pause)
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
