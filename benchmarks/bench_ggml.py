@@ -87,7 +87,12 @@ def main() -> None:
     ggml = Ggml(args.library, args.threads)
     bandwidth = read_bandwidth()
     setting = {"group_size": args.group_size, "x_dtype": "bfloat16", "ggml": ggml.version}
-    result = {"machine": machine(), "setting": setting, "read_gb_per_s": round(bandwidth / 1e9, 1), "rows": []}
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "setting": setting,
+        "read_gb_per_s": round(bandwidth / 1e9, 1),
+        "rows": [],
+    }
     print(json.dumps({name: value for name, value in result.items() if name != "rows"}))
     for shape, m in itertools.product(args.shape, args.m):
         n, k = map(int, shape.split("x"))

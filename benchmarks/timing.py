@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +32,7 @@ def rotate_copies(make: Callable[[], T], bytes_each: int, total_bytes: int) -> I
 
 
 def medians(
-    candidates: dict[str, Callable[[], object]], rounds: int, min_seconds: float = 0.0, pause: float = 0.0
+    candidates: Mapping[str, Callable[[], object]], rounds: int, min_seconds: float = 0.0, pause: float = 0.0
 ) -> dict[str, float]:
     """Seconds per call of each candidate, the median over `rounds` rounds that call every candidate once in turn.
 

@@ -88,6 +88,14 @@ def test_prepack_takes_tensors_that_are_not_contiguous() -> None:
     assert torch.equal(ops.prepack(*strided, 3), linear.packed())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for huge pages")
+def test_a_large_blob_starts_on_a_huge_page_and_a_small_one_takes_no_room() -> None:
+    large, small = make_linear(2048, 2048), make_linear(64, 2048)
+    assert large.packed().data_ptr() % 2**21 == 0
+    assert torch.equal(ops.unprepack(large.packed())[0], large.qweight)
+    assert small.packed().untyped_storage().nbytes() == _C.packed_bytes(64, 2048, 4, 32, True)
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_packed_weight_has_bits_per_weight_in_memory(bits: int) -> None:
     n, k, groups = 64, 1024, 8
