@@ -88,7 +88,7 @@ def dense_call(x: Tensor, n: int, k: int, dtype: torch.dtype) -> Callable[[], Te
     return lambda: functional.linear(x, next(copies))
 
 
-def measure(m: int, n: int, k: int, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+def measure(m: int, n: int, k: int, args: argparse.Namespace) -> dict[str, Any]:
     """One row of the result."""
     x = torch.randn(m, k).to(getattr(torch, args.dtype))
     names = sorted({args.dtype, "bfloat16"})
@@ -100,9 +100,11 @@ def measure(m: int, n: int, k: int, args: argparse.Namespace, bandwidth: float) 
         calls[f"int{bits}_int8"] = in_int8(calls[f"int{bits}"])
     ours = [name for name in calls if name not in rivals]
     calls |= extra_calls(x, n, k, args.group_size) if args.extras else {}
+    bandwidth = read_bandwidth()
     seconds = medians(calls, args.rounds, args.min_seconds)
     row: dict[str, Any] = {"n": n, "k": k, "m": m, "ms": {name: round(s * 1e3, 4) for name, s in seconds.items()}}
     row["speedup"] = {name: {rival: round(seconds[rival] / seconds[name], 2) for rival in rivals} for name in ours}
+    row["read_gb_per_s"] = round(bandwidth / 1e9, 1)
     row["bandwidth_share"] = {name: round(size / seconds[name] / bandwidth, 2) for name, size in sizes.items()}
     return row
 
@@ -128,13 +130,12 @@ def main() -> None:
     torch.manual_seed(0)
     if args.isa is not None:
         _C.set_isa(args.isa)
-    bandwidth = read_bandwidth()
     setting = {"group_size": args.group_size, "x_dtype": args.dtype}
-    result = {"machine": machine(), "setting": setting, "read_gb_per_s": round(bandwidth / 1e9, 1), "rows": []}
+    result: dict[str, Any] = {"machine": machine(), "setting": setting, "rows": []}
     print(json.dumps({name: value for name, value in result.items() if name != "rows"}))
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shape]
     for (n, k), m in itertools.product(shapes, args.m):
-        row = measure(m, n, k, args, bandwidth)
+        row = measure(m, n, k, args)
         print(json.dumps(row), flush=True)
         result["rows"].append(row)
     if args.out is not None:

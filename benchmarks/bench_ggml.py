@@ -58,6 +58,7 @@ def measure(m: int, n: int, k: int, args: argparse.Namespace, ggml: Ggml) -> dic
         name = f"int{bits}_g{group_size}"
         turns[name], counts[name] = all_copies(call, size)
         turns[f"{name}_int8"], counts[f"{name}_int8"] = all_copies(in_int8(call), size)
+    bandwidth = read_bandwidth()
     seconds = medians(turns, args.rounds, pause=PAUSE)
     for products in opened:
         products.close()
@@ -68,6 +69,7 @@ def measure(m: int, n: int, k: int, args: argparse.Namespace, ggml: Ggml) -> dic
         "k": k,
         "m": m,
         "ms": {name: round(s * 1e3, 4) for name, s in each.items()},
+        "read_gb_per_s": round(bandwidth / 1e9, 1),
         "speedup_over_best_ggml": {name: round(best / s, 2) for name, s in each.items() if name not in rivals},
     }
 
@@ -85,7 +87,6 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     ggml = Ggml(args.library, args.threads)
-    bandwidth = read_bandwidth()
     setting = {"group_size": args.group_size, "x_dtype": "bfloat16", "ggml": ggml.version}
     result: dict[str, Any] = {
         "machine": machine(),
