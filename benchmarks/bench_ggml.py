@@ -91,7 +91,6 @@ def main() -> None:
     result: dict[str, Any] = {
         "machine": machine(),
         "setting": setting,
-        "read_gb_per_s": round(bandwidth / 1e9, 1),
         "rows": [],
     }
     print(json.dumps({name: value for name, value in result.items() if name != "rows"}))
