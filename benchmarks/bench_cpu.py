@@ -58,14 +58,17 @@ def in_int8(call: Call) -> Call:
 
 
 def extra_calls(x: Tensor, n: int, k: int, group_size: int) -> dict[str, Call]:
-    """INT4 with what may go with it: 32 salient directions by index and by basis, a shared rotation of 128."""
+    """INT4 with what may go with it: 32 salient directions by index, 32 and 2 by basis, a shared rotation."""
     salient, basis = torch.randn(n, 32).half(), torch.randn(k, 32).half()
+    two = {"salient_weight": salient[:, :2].contiguous(), "salient_basis": basis[:, :2].contiguous()}
     variants: dict[str, dict[str, Tensor]] = {
         "int4_index32": {"salient_weight": salient, "salient_index": torch.arange(32, dtype=torch.int32)},
         "int4_basis32": {"salient_weight": salient, "salient_basis": basis},
+        "int4_basis2": two,
     }
     if k % 128 == 0:
-        variants["int4_rotation128"] = {"rotation": torch.linalg.qr(torch.randn(1, 128, 128))[0].half()}
+        rotation = torch.linalg.qr(torch.randn(1, 128, 128))[0].half()
+        variants["int4_rotation128"] = {"rotation": rotation.contiguous()}  # as a checkpoint has it; qr does not
     return {name: quantised_call(x, n, k, 4, group_size, **extras)[0] for name, extras in variants.items()}
 
 
@@ -85,7 +88,7 @@ def dense_call(x: Tensor, n: int, k: int, dtype: torch.dtype) -> Callable[[], Te
     return lambda: functional.linear(x, next(copies))
 
 
-def measure(m: int, n: int, k: int, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+def measure(m: int, n: int, k: int, args: argparse.Namespace) -> dict[str, Any]:
     """One row of the result."""
     x = torch.randn(m, k).to(getattr(torch, args.dtype))
     names = sorted({args.dtype, "bfloat16"})
@@ -97,9 +100,11 @@ def measure(m: int, n: int, k: int, args: argparse.Namespace, bandwidth: float) 
         calls[f"int{bits}_int8"] = in_int8(calls[f"int{bits}"])
     ours = [name for name in calls if name not in rivals]
     calls |= extra_calls(x, n, k, args.group_size) if args.extras else {}
+    bandwidth = read_bandwidth()
     seconds = medians(calls, args.rounds, args.min_seconds)
     row: dict[str, Any] = {"n": n, "k": k, "m": m, "ms": {name: round(s * 1e3, 4) for name, s in seconds.items()}}
     row["speedup"] = {name: {rival: round(seconds[rival] / seconds[name], 2) for rival in rivals} for name in ours}
+    row["read_gb_per_s"] = round(bandwidth / 1e9, 1)
     row["bandwidth_share"] = {name: round(size / seconds[name] / bandwidth, 2) for name, size in sizes.items()}
     return row
 
@@ -125,13 +130,12 @@ def main() -> None:
     torch.manual_seed(0)
     if args.isa is not None:
         _C.set_isa(args.isa)
-    bandwidth = read_bandwidth()
     setting = {"group_size": args.group_size, "x_dtype": args.dtype}
-    result = {"machine": machine(), "setting": setting, "read_gb_per_s": round(bandwidth / 1e9, 1), "rows": []}
+    result: dict[str, Any] = {"machine": machine(), "setting": setting, "rows": []}
     print(json.dumps({name: value for name, value in result.items() if name != "rows"}))
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shape]
     for (n, k), m in itertools.product(shapes, args.m):
-        row = measure(m, n, k, args, bandwidth)
+        row = measure(m, n, k, args)
         print(json.dumps(row), flush=True)
         result["rows"].append(row)
     if args.out is not None:

@@ -2,6 +2,8 @@
 
     python benchmarks/bench_generate.py MODEL --threads 2 --out results.json
 
+With --llama-library (as bench_ggml.py's) and --gguf, llama.cpp takes part: GGUF files of the same model, such as
+accuracy/rival_llamacpp.py makes, with the embedding and the head in 16 bits as ours.
 MODEL is a dense checkpoint; INT4 is rounded to nearest while loading, since only time is measured. The candidates take
 turns; a round generates --tokens tokens after a prompt of 8; the figure is the median round's.
 """
@@ -10,14 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from llamacpp import Ggml, Llama
 from timing import machine, medians
 from transformers import AutoModelForCausalLM
 
 from rosaq.integrations.transformers import RosaqConfig
+
+PAUSE = 0.01  # seconds before a turn, in which the other library's threads go to sleep
 
 
 def load(path: Path, dtype: torch.dtype, group_size: int | None, *, shared: bool = True) -> Any:
@@ -30,6 +36,17 @@ def load(path: Path, dtype: torch.dtype, group_size: int | None, *, shared: bool
     return model
 
 
+def llama_calls(args: argparse.Namespace, prompt: list[int]) -> dict[str, Callable[[], object]]:
+    """Greedy decoding of every GGUF file, under its name."""
+    if not args.gguf:
+        return {}
+    ggml = Ggml(args.llama_library, args.threads)
+    models = {path.stem: Llama(ggml, args.llama_library, path, args.threads) for path in args.gguf}
+    return {
+        f"llamacpp_{name}": lambda model=model: model.generate(prompt, args.tokens) for name, model in models.items()
+    }
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -37,12 +54,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--llama-library", type=Path, default=None, help="folder with libllama, v0.5.0")
+    parser.add_argument("--gguf", type=Path, nargs="+", default=[], help="files for llama.cpp, need --llama-library")
     parser.add_argument("--out", type=Path, default=None)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
+    if args.gguf and args.llama_library is None:
+        raise SystemExit(f"--llama-library: got none with {len(args.gguf)} GGUF files, need a folder")
     torch.set_num_threads(args.threads)
     models = {
         "torch_bfloat16": load(args.model, torch.bfloat16, None),
@@ -59,7 +80,9 @@ def main() -> None:
     alone, shared = generate(models["int4_bfloat16_each_alone"]), generate(models["int4_bfloat16"])
     if not torch.equal(alone, shared):
         raise SystemExit(f"shared calls: got {shared.tolist()}, need {alone.tolist()}")
-    seconds = medians({name: lambda model=model: generate(model) for name, model in models.items()}, args.rounds)
+    calls = {name: lambda model=model: generate(model) for name, model in models.items()}
+    calls |= llama_calls(args, prompt[0].tolist())
+    seconds = medians(calls, args.rounds, pause=PAUSE)
     rates = {name: round(args.tokens / s, 1) for name, s in seconds.items()}
     setting = {"model": args.model.name, "group_size": args.group_size, "tokens": args.tokens}
     result = {"machine": machine(), "setting": setting, "tokens_per_second": rates}

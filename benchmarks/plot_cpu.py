@@ -37,7 +37,7 @@ def main() -> None:
     for name, (label, color, style) in LINES.items():
         axes.plot(tokens, [row["ms"][name] for row in rows], style, color=color, marker="o", ms=4, label=label)
     for bits, color in ((4, "tab:blue"), (3, "tab:green")):
-        read = n * k * (bits + 16 / result["setting"]["group_size"]) / 8 / result["read_gb_per_s"] / 1e6
+        read = n * k * (bits + 16 / result["setting"]["group_size"]) / 8 / rows[0]["read_gb_per_s"] / 1e6
         axes.axhline(read, color=color, lw=0.8, ls=":", label=f"reading INT{bits} once")
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", xticks=tokens)
     axes.set_xticklabels([str(m) for m in tokens])

@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,15 +32,19 @@ def rotate_copies(make: Callable[[], T], bytes_each: int, total_bytes: int) -> I
     return cycle(copies)
 
 
-def medians(candidates: dict[str, Callable[[], object]], rounds: int, min_seconds: float = 0.0) -> dict[str, float]:
+def medians(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, min_seconds: float = 0.0, pause: float = 0.0
+) -> dict[str, float]:
     """Seconds per call of each candidate, the median over `rounds` rounds that call every candidate once in turn.
 
-    Goes on past `rounds` until `min_seconds` have been spent.
+    Goes on past `rounds` until `min_seconds` have been spent. `pause` seconds of sleep come before every call.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     started, done = time.perf_counter(), 0
     while done < rounds or time.perf_counter() - started < min_seconds:
         for name, call in candidates.items():
+            if pause > 0:
+                time.sleep(pause)
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
@@ -47,19 +52,26 @@ def medians(candidates: dict[str, Callable[[], object]], rounds: int, min_second
     return {name: statistics.median(samples) for name, samples in times.items()}
 
 
-def read_bandwidth() -> float:
-    """Bytes per second that as many threads as torch has read together, best of 9 rounds over READ_BYTES each.
-
-    torch's own sums stay well below what memory gives, so the loop is C++, compiled at the first call.
-    """
+@cache
+def _read_loop() -> Any:
+    """read_bandwidth.cpp, compiled at the first call: torch's own sums stay well below what memory gives."""
     source = Path(__file__).with_name("read_bandwidth.cpp")
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "read_bandwidth.so"
         flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
         subprocess.run([os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(library)], check=True)
         read = ctypes.CDLL(str(library)).read_bytes_per_second
-        read.restype, read.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_size_t, ctypes.c_int]
-        best = float(read(torch.get_num_threads(), READ_BYTES, 9))
+    read.restype, read.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_size_t, ctypes.c_int]
+    return read
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that as many threads as torch has read together, best of 9 rounds over READ_BYTES each.
+
+    To be measured beside what it is compared with: a virtual machine's cores may move between parts of a processor that
+    share their way to memory and parts that do not.
+    """
+    best = float(_read_loop()(torch.get_num_threads(), READ_BYTES, 9))
     if best == 0.0:
         raise RuntimeError(f"read_bandwidth: got no {READ_BYTES * torch.get_num_threads()} bytes of memory, need them")
     return best

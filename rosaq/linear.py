@@ -85,7 +85,8 @@ class RosaqLinear(nn.Module):
         if unknown:
             raise ValueError(f"{name}: got tensors {unknown}, need only {list(linear.tensor_shapes)}")
         for key, tensor in tensors.items():
-            linear.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
+            # The op would copy what is not contiguous at every call.
+            linear.register_parameter(key, nn.Parameter(tensor.contiguous(), requires_grad=False))
         linear.check(name)
         linear.pack()
         return linear

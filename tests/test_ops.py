@@ -88,6 +88,14 @@ def test_prepack_takes_tensors_that_are_not_contiguous() -> None:
     assert torch.equal(ops.prepack(*strided, 3), linear.packed())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for huge pages")
+def test_a_large_blob_starts_on_a_huge_page_and_a_small_one_takes_no_room() -> None:
+    large, small = make_linear(2048, 2048), make_linear(64, 2048)
+    assert large.packed().data_ptr() % 2**21 == 0
+    assert torch.equal(ops.unprepack(large.packed())[0], large.qweight)
+    assert small.packed().untyped_storage().nbytes() == _C.packed_bytes(64, 2048, 4, 32, True)
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_packed_weight_has_bits_per_weight_in_memory(bits: int) -> None:
     n, k, groups = 64, 1024, 8
@@ -95,11 +103,12 @@ def test_packed_weight_has_bits_per_weight_in_memory(bits: int) -> None:
 
 
 @pytest.mark.parametrize("m", [1, 3, 12, 80])
+@pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
-def test_result_does_not_depend_on_the_number_of_threads(m: int, x_dtype: str) -> None:
+def test_result_does_not_depend_on_the_number_of_threads(m: int, blocks: int, x_dtype: str) -> None:
     linear, x = make_linear(576, 384, 3, 64), make_x(m, 384, x_dtype)
     linear.extras |= {"salient_weight": torch.randn(576, 20).half(), "salient_basis": torch.randn(384, 20).half()}
-    linear.extras["rotation"] = random_rotation(3, 128)
+    linear.extras["rotation"] = random_rotation(blocks, 128)
     threads, results = torch.get_num_threads(), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
@@ -266,11 +275,12 @@ def test_many_bfloat16_tokens_with_extreme_zero_points_are_exact(isa: str) -> No
 
 
 @pytest.mark.parametrize("x_dtype", ["float16", "bfloat16"])
-def test_16_bit_tokens_give_the_same_bits_in_any_batch(x_dtype: str) -> None:
+@pytest.mark.parametrize(("r", "blocks", "b"), [(37, 3, 128), (2, 1, 32), (130, 1, 192)])
+def test_16_bit_tokens_give_the_same_bits_in_any_batch(r: int, blocks: int, b: int, x_dtype: str) -> None:
     """Every tile size, with tokens that only fill a tile up, and every feature."""
     linear = make_linear(40, 384, 3, 64, symmetric=False)
-    linear.extras |= {"salient_weight": torch.randn(40, 37).half(), "salient_basis": torch.randn(384, 37).half()}
-    linear.extras["rotation"] = random_rotation(3, 128)
+    linear.extras |= {"salient_weight": torch.randn(40, r).half(), "salient_basis": torch.randn(384, r).half()}
+    linear.extras["rotation"] = random_rotation(blocks, b)
     x = make_x(30, 384, x_dtype)
     alone = torch.cat([linear.run(row) for row in x.split(1)])
     for m in (2, 3, 4, 5, 7, 8, 9, 12, 13, 25, 30):

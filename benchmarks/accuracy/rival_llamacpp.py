@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 # enum llama_ftype of llama.h: what `llama-quantize` is asked for by name.
 FTYPES = {
+    "Q4_0": 2,
     "Q3_K_S": 11,
     "Q3_K_M": 12,
     "Q4_K_S": 14,
@@ -77,7 +78,7 @@ def gguf_name(names: gguf.TensorNameMap, name: str) -> str:
 
 
 def write_gguf(model: Path, output: Path) -> None:
-    """The dense model as GGUF: float16 matrices, float32 norms; no tokenizer, which the quantiser does not read."""
+    """The dense model as GGUF: float16 matrices, float32 norms; no tokenizer, which nothing here reads."""
     config = json.loads((model / "config.json").read_text())
     writer = gguf.GGUFWriter(output, "llama")
     writer.add_block_count(config["num_hidden_layers"])
@@ -90,6 +91,7 @@ def write_gguf(model: Path, output: Path) -> None:
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_tokenizer_model("no_vocab")
     names = name_map(model)
     for name, tensor in load_file(model / "model.safetensors").items():
         dtype = torch.float16 if tensor.dim() == 2 else torch.float32

@@ -50,17 +50,6 @@ void dequantise(const PackedWeight& w, int64_t panel_idx, int sub, int64_t k0, i
     }
 }
 
-// out[depth, kTileCols] = C[first row :, j0 : j0 + depth]^T, zero past n
-template <class S>
-void transpose_salient(const FusedGemmArgs& a, int64_t first, int64_t j0, int64_t depth, float* out) {
-    for (int64_t c = 0; c < kTileCols<S>; ++c)
-        for (int64_t j = 0; j < depth; ++j) {
-            const int64_t at = (first + c) * a.r + j0 + j;
-            out[j * kTileCols<S> + c] =
-                first + c < a.weight.n ? scalar_any(a.salient_weight.data, a.salient_weight.dtype, at) : 0.0f;
-        }
-}
-
 template <class S, int kBits>
 void block_unit(const MainLoop& p, int64_t unit, int64_t row0, int64_t rows) {
     constexpr int64_t cols = kTileCols<S>;
@@ -81,13 +70,9 @@ void block_unit(const MainLoop& p, int64_t unit, int64_t row0, int64_t rows) {
             else
                 for (int64_t d = 0; d < depth; ++d) S::store_f(panel + d * cols + v * S::kLanes, S::zero_f());
         }
-        multiply_tile<S>(rows, p.t + row0 * p.ldt + k0, p.ldt, panel, depth, sums, cols);
+        multiply_tile<S, 2>(rows, p.t + row0 * p.ldt + k0, p.ldt, panel, depth, sums, cols);
     }
-    for (int64_t j0 = 0; j0 < a.r; j0 += kTileDepth) {
-        const int64_t depth = a.r - j0 < kTileDepth ? a.r - j0 : kTileDepth;
-        transpose_salient<S>(a, first, j0, depth, panel);
-        multiply_tile<S>(rows, p.s + row0 * p.lds + j0, p.lds, panel, depth, sums, cols);
-    }
+    add_salient<S, 2>(p, first, row0, rows, sums);
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t c = 0; c < cols && first + c < w.n; c += kPanelRows) {
             const int64_t left = w.n - first - c;

@@ -70,8 +70,8 @@ struct Steps {
     }
 
     void dense(const DenseProduct& p) const {
-        const int64_t units = p.batches * ceil_div(p.cols, kernels.dense_cols);
-        parallel(units, grain(p.m * p.rows * kernels.dense_cols, kSerialDense),
+        const int64_t rows = p.rows_each() < kDenseRows ? p.rows_each() : kDenseRows;
+        parallel(dense_units(p, kernels.dense_cols), grain(rows * p.rows * kernels.dense_cols, kSerialDense),
                  [&](int64_t begin, int64_t end) { kernels.dense_product(p, begin, end); });
     }
 
@@ -84,10 +84,6 @@ struct Steps {
 
     void rotate(const float* t, float* rotated, int64_t ldt) const {
         const int64_t b = args.rotation_size, batches = args.weight.k / b;
-        // One token's blocks lie one after the other: as the rows of one product they share every read of the
-        // matrix.
-        if (args.m == 1 && args.rotation_blocks == 1)
-            return dense({t, b, batches, b, b, 1, args.rotation, true, rotated, b});
         dense({t, ldt, args.m, b, b, batches, args.rotation, args.rotation_blocks == 1, rotated, ldt});
     }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "block.h"
+#include "dense.h"
 #include "prepare.h"
 #include "stream.h"
 #include "words.h"

@@ -78,7 +78,19 @@ struct DenseProduct {
     bool shared = false;
     float* out = nullptr;
     int64_t ldo = 0;
+
+    // One b for several batches: every batch of every token is a row of one product.
+    constexpr bool flat() const { return shared && batches > 1; }
+    constexpr int64_t products() const { return shared ? 1 : batches; }
+    constexpr int64_t rows_each() const { return flat() ? m * batches : m; }
 };
+
+// Rows of one unit of a dense product: a narrow one has no other way to be shared between threads.
+constexpr int64_t kDenseRows = 56;
+
+static constexpr int64_t dense_units(const DenseProduct& p, int64_t cols_per_unit) {
+    return ceil_div(p.rows_each(), kDenseRows) * p.products() * ceil_div(p.cols, cols_per_unit);
+}
 
 // Everything the main loops read. t and s are float32 with row strides ldt and lds.
 struct MainLoop {
@@ -101,7 +113,7 @@ struct StreamLimits {
 struct KernelTable {
     const char* name;
     int64_t block_panels;  // panels per unit of block_gemm
-    int64_t dense_cols;    // columns per unit of dense_product
+    int64_t dense_cols;    // columns per unit of dense_product, for kDenseRows rows
 
     void (*to_float)(const Buffer& x, int64_t row, int64_t k, float* t_row);
     void (*dense_product)(const DenseProduct& p, int64_t unit_begin, int64_t unit_end);

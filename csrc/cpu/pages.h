@@ -9,14 +9,21 @@
 
 namespace rosaq::cpu {
 
+// What should start on one: 0 where they cannot be asked for.
+#ifdef MADV_HUGEPAGE
+constexpr int64_t kHugePageBytes = 2 << 20;
+#else
+constexpr int64_t kHugePageBytes = 0;
+#endif
+
 // Asks for them inside [data, data + bytes), before the first touch. A wish: where it is not granted nothing
 // changes.
 inline void ask_huge_pages(void* data, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-    constexpr uintptr_t kHugeBytes = uintptr_t{2} << 20;
+    constexpr uintptr_t size = kHugePageBytes;
     const uintptr_t at = reinterpret_cast<uintptr_t>(data);
-    const uintptr_t first = (at + kHugeBytes - 1) & ~(kHugeBytes - 1);
-    const uintptr_t end = (at + static_cast<uintptr_t>(bytes)) & ~(kHugeBytes - 1);
+    const uintptr_t first = (at + size - 1) & ~(size - 1);
+    const uintptr_t end = (at + static_cast<uintptr_t>(bytes)) & ~(size - 1);
     if (first < end) (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #else
     (void)data, (void)bytes;

@@ -1,10 +1,8 @@
-// From x to what the main loops read: float32 rows, the products with 16-bit matrices (rotation, salient
-// basis), digits.
+// From x to what the main loops read: float32 rows, digits, words.
 #pragma once
 
 #include "kernels.h"
 #include "salient.h"
-#include "tile.h"
 
 namespace rosaq::cpu {
 namespace {
@@ -15,10 +13,6 @@ void to_float(const Buffer& x, int64_t row, int64_t k, float* t_row) {
     for (int64_t i = 0; i < k; i += S::kLanes)
         S::store_f(t_row + i, S::load_any(in + i * dtype_bytes(x.dtype), x.dtype));
 }
-
-constexpr int64_t kFewRows =
-    4;  // up to here converting b again for every row is cheaper than storing it as float32
-constexpr int64_t kDenseRows = 168;  // as kBlockRows: their sums stay in L2
 
 // A chunk whose largest magnitude is below 2^-90 counts as zero: its powers of two would leave the float
 // range.
@@ -157,110 +151,6 @@ void make_words(const MainLoop& p, int64_t row) {
                                    : S::to_int(S::mul_f(S::load_f(t + i), S::set_f(fixed.scale)));
             S::store_low_words(out + i / kBlockK * rows * kBlockK + i % kBlockK, value);
         }
-    }
-}
-
-// acc[kVectors vectors of columns] += one row of a * b for kBlocks tiles of kTileDepth (or one of `depth`) k,
-// without a copy of b. The order of the sums is that of multiply_rows, so the bits are too; 8 independent
-// ones hide the latency.
-template <class S, DType kType, int kVectors, int kBlocks>
-void multiply_row(const float* a, const char* b, int64_t row_bytes, int64_t depth, float* acc) {
-    typename S::F sum[kBlocks][kVectors];
-    for (int i = 0; i < kBlocks; ++i)
-        for (int v = 0; v < kVectors; ++v) sum[i][v] = S::zero_f();
-    for (int64_t d = 0; d < depth; ++d)
-        for (int i = 0; i < kBlocks; ++i) {
-            const auto x = S::set_f(a[i * kTileDepth + d]);
-            const char* row = b + (i * kTileDepth + d) * row_bytes;
-            for (int v = 0; v < kVectors; ++v)
-                sum[i][v] =
-                    S::mul_add(x, S::load_any(row + v * S::kLanes * dtype_bytes(kType), kType), sum[i][v]);
-        }
-    for (int i = 0; i < kBlocks; ++i)
-        for (int v = 0; v < kVectors; ++v) {
-            float* out = acc + v * S::kLanes;
-            S::store_f(out, S::add_f(S::load_f(out), sum[i][v]));
-        }
-}
-
-template <class S, DType kType, int kVectors>
-void multiply_columns(const DenseProduct& p, int64_t batch, int64_t first) {
-    constexpr int kBlocks = 8 / kVectors;
-    const int64_t row_bytes = p.cols * dtype_bytes(kType), many = kBlocks * kTileDepth;
-    const char* b = static_cast<const char*>(element(p.b, (p.shared ? 0 : batch * p.rows * p.cols) + first));
-    for (int64_t m = 0; m < p.m; ++m) {
-        const float* a = p.a + m * p.lda + batch * p.rows;
-        float* out = p.out + m * p.ldo + batch * p.cols + first;
-        for (int v = 0; v < kVectors; ++v) S::store_f(out + v * S::kLanes, S::zero_f());
-        int64_t k0 = 0;
-        for (; k0 + many <= p.rows; k0 += many)
-            multiply_row<S, kType, kVectors, kBlocks>(a + k0, b + k0 * row_bytes, row_bytes, kTileDepth, out);
-        for (; k0 < p.rows; k0 += kTileDepth)
-            multiply_row<S, kType, kVectors, 1>(a + k0, b + k0 * row_bytes, row_bytes,
-                                                p.rows - k0 < kTileDepth ? p.rows - k0 : kTileDepth, out);
-    }
-}
-
-// Units [unit, unit_end) of few rows, as many as go together: four that lie in one batch, else one. Returns
-// their number, 0 if the unit is not a whole one.
-template <class S, DType kType>
-int64_t few_rows_units(const DenseProduct& p, int64_t unit, int64_t unit_end) {
-    constexpr int64_t cols = kTileCols<S>;
-    const int64_t units_per_batch = ceil_div(p.cols, cols), batch = unit / units_per_batch;
-    const int64_t first = unit % units_per_batch * cols;
-    if (unit + 4 <= unit_end && first + 4 * cols <= p.cols) {
-        multiply_columns<S, kType, 8>(p, batch, first);
-        return 4;
-    }
-    if (first + cols > p.cols) return 0;
-    multiply_columns<S, kType, 2>(p, batch, first);
-    return 1;
-}
-
-// One unit: kTileCols columns of one batch.
-template <class S>
-void dense_unit(const DenseProduct& p, int64_t unit, int64_t row0, int64_t rows) {
-    constexpr int64_t cols = kTileCols<S>;
-    const int64_t units_per_batch = ceil_div(p.cols, cols), batch = unit / units_per_batch;
-    const int64_t first = unit % units_per_batch * cols,
-                  width = p.cols - first < cols ? p.cols - first : cols;
-    const int64_t base = (p.shared ? 0 : batch * p.rows * p.cols) + first;
-    alignas(64) float panel[kTileDepth * cols];
-    alignas(64) float sums[kDenseRows * cols];
-    std::memset(sums, 0, static_cast<size_t>(rows * cols) * sizeof(float));
-    for (int64_t k0 = 0; k0 < p.rows; k0 += kTileDepth) {
-        const int64_t depth = p.rows - k0 < kTileDepth ? p.rows - k0 : kTileDepth;
-        for (int64_t d = 0; d < depth; ++d) {
-            const int64_t at = base + (k0 + d) * p.cols;
-            float* out = panel + d * cols;
-            if (width == cols) {
-                S::store_f(out, S::load_any(element(p.b, at), p.b.dtype));
-                S::store_f(out + S::kLanes, S::load_any(element(p.b, at + S::kLanes), p.b.dtype));
-            } else {
-                for (int64_t c = 0; c < cols; ++c)
-                    out[c] = c < width ? scalar_any(p.b.data, p.b.dtype, at + c) : 0.0f;
-            }
-        }
-        multiply_tile<S>(rows, p.a + row0 * p.lda + batch * p.rows + k0, p.lda, panel, depth, sums, cols);
-    }
-    for (int64_t i = 0; i < rows; ++i)
-        std::memcpy(p.out + (row0 + i) * p.ldo + batch * p.cols + first, sums + i * cols,
-                    static_cast<size_t>(width) * sizeof(float));
-}
-
-template <class S>
-void dense_product(const DenseProduct& p, int64_t unit_begin, int64_t unit_end) {
-    if (p.m <= kFewRows) {
-        for (int64_t unit = unit_begin, done; unit < unit_end; unit += done) {
-            done = p.b.dtype == DType::kFloat16 ? few_rows_units<S, DType::kFloat16>(p, unit, unit_end)
-                                                : few_rows_units<S, DType::kBFloat16>(p, unit, unit_end);
-            if (done == 0) dense_unit<S>(p, unit, 0, p.m), done = 1;
-        }
-        return;
-    }
-    for (int64_t row = 0; row < p.m; row += kDenseRows) {
-        const int64_t rows = p.m - row < kDenseRows ? p.m - row : kDenseRows;
-        for (int64_t unit = unit_begin; unit < unit_end; ++unit) dense_unit<S>(p, unit, row, rows);
     }
 }
 

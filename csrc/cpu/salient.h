@@ -1,4 +1,4 @@
-// The 16-bit salient term y += s C^T of one token and one panel, and the store of a finished row.
+// The 16-bit salient term y += s C^T of some rows of W, and the store of a finished row of y.
 #pragma once
 
 #include <cstddef>
@@ -6,6 +6,7 @@
 
 #include "../common/half.h"
 #include "kernels.h"
+#include "tile.h"
 
 namespace rosaq::cpu {
 namespace {
@@ -20,33 +21,49 @@ ROSAQ_INLINE const void* element(const Buffer& b, int64_t i) {
     return static_cast<const char*>(b.data) + i * dtype_bytes(b.dtype);
 }
 
-// row[l] += sum_j s[m, j] * C[panel row l, j]
+// kLanes elements from i on, with zeros for those past the `size` elements of the buffer.
 template <class S>
-__attribute__((always_inline)) inline void add_salient_dots(const MainLoop& p, int64_t panel, int64_t m,
-                                                            float* row) {
-    const FusedGemmArgs& a = *p.args;
-    if (a.r == 0) return;
-    const float* s = p.s + m * p.lds;
-    const int64_t first = panel * kPanelRows,
-                  rows = a.weight.n - first < kPanelRows ? a.weight.n - first : kPanelRows;
-    const int64_t whole = a.r / S::kLanes * S::kLanes;
-    for (int64_t l0 = 0; l0 < rows; l0 += S::kLanes) {
-        typename S::F dots[S::kLanes];
-        for (int l = 0; l < S::kLanes; ++l) dots[l] = S::zero_f();
-        for (int l = 0; l < S::kLanes && l0 + l < rows; ++l)
-            for (int64_t j = 0; j < whole; j += S::kLanes)
-                dots[l] = S::mul_add(S::load_f(s + j),
-                                     S::load_any(element(a.salient_weight, (first + l0 + l) * a.r + j),
-                                                 a.salient_weight.dtype),
-                                     dots[l]);
-        alignas(64) float sums[S::kLanes];
-        S::store_f(sums, S::sum_each(dots));
-        for (int64_t l = 0; l < S::kLanes && l0 + l < rows; ++l) {
-            for (int64_t j = whole; j < a.r; ++j)
-                sums[l] += s[j] * scalar_any(a.salient_weight.data, a.salient_weight.dtype,
-                                             (first + l0 + l) * a.r + j);
-            row[l0 + l] += sums[l];
+__attribute__((always_inline)) inline typename S::F load_within(const Buffer& b, int64_t i, int64_t size) {
+    if (i + S::kLanes <= size) return S::load_any(element(b, i), b.dtype);
+    alignas(64) float rest[S::kLanes] = {};
+    for (int64_t l = 0; i + l < size; ++l) rest[l] = scalar_any(b.data, b.dtype, i + l);
+    return S::load_f(rest);
+}
+
+// Rows of C that are needed when their panel is done.
+ROSAQ_INLINE void prefetch_salient(const FusedGemmArgs& a, int64_t first, int64_t rows) {
+    const char* at = static_cast<const char*>(element(a.salient_weight, first * a.r));
+    for (int64_t i = 0; i < rows * a.r * dtype_bytes(a.salient_weight.dtype); i += kLineBytes)
+        __builtin_prefetch(at + i, 0, 3);
+}
+
+// out[depth, kVectors vectors] = C[first : first + kVectors * kLanes, j0 : j0 + depth]^T, zero past n
+template <class S, int kVectors>
+void transpose_salient(const FusedGemmArgs& a, int64_t first, int64_t j0, int64_t depth, float* out) {
+    const int64_t size = a.weight.n * a.r;
+    for (int v = 0; v < kVectors; ++v)
+        for (int64_t j = 0; j < depth; j += S::kLanes) {
+            typename S::F rows[S::kLanes];
+            for (int l = 0; l < S::kLanes; ++l)
+                rows[l] = load_within<S>(a.salient_weight, (first + v * S::kLanes + l) * a.r + j0 + j, size);
+            S::transpose(rows);
+            for (int i = 0; i < S::kLanes && j + i < depth; ++i)
+                S::store_f(out + ((j + i) * kVectors + v) * S::kLanes, rows[i]);
         }
+}
+
+// acc[m, kVectors vectors] += s[row0 : row0 + m] * C[first : first + kVectors * kLanes]^T. Every loop adds it
+// in this order, so that a token has the same bits in any batch.
+template <class S, int kVectors>
+__attribute__((noinline)) void add_salient(const MainLoop& p, int64_t first, int64_t row0, int64_t m,
+                                           float* acc) {
+    const int64_t r = p.args->r;
+    alignas(64) float panel[kTileDepth * kVectors * S::kLanes];
+    for (int64_t j0 = 0; j0 < r; j0 += kTileDepth) {
+        const int64_t depth = r - j0 < kTileDepth ? r - j0 : kTileDepth;
+        transpose_salient<S, kVectors>(*p.args, first, j0, depth, panel);
+        multiply_tile<S, kVectors>(m, p.s + row0 * p.lds + j0, p.lds, panel, depth, acc,
+                                   kVectors * S::kLanes);
     }
 }
 

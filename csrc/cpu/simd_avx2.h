@@ -100,11 +100,22 @@ struct SimdAvx2 {
     ROSAQ_INLINE F add_f(F a, F b) { return _mm256_add_ps(a, b); }
     ROSAQ_INLINE F mul_f(F a, F b) { return _mm256_mul_ps(a, b); }
     ROSAQ_INLINE F mul_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-    // Lane i: the sum of v[i].
-    ROSAQ_INLINE F sum_each(const F (&v)[kLanes]) {
-        const F a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
-        const F b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
-        return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    // v[i] lane j becomes v[j] lane i.
+    ROSAQ_INLINE void transpose(F (&v)[kLanes]) {
+        F w[kLanes];  // 4 x 4 within every 128-bit part
+        for (int i = 0; i < kLanes; i += 4) {
+            const F ab0 = _mm256_unpacklo_ps(v[i], v[i + 1]), ab1 = _mm256_unpackhi_ps(v[i], v[i + 1]);
+            const F cd0 = _mm256_unpacklo_ps(v[i + 2], v[i + 3]),
+                    cd1 = _mm256_unpackhi_ps(v[i + 2], v[i + 3]);
+            w[i] = _mm256_shuffle_ps(ab0, cd0, 0x44);
+            w[i + 1] = _mm256_shuffle_ps(ab0, cd0, 0xee);
+            w[i + 2] = _mm256_shuffle_ps(ab1, cd1, 0x44);
+            w[i + 3] = _mm256_shuffle_ps(ab1, cd1, 0xee);
+        }
+        for (int i = 0; i < 4; ++i) {
+            v[i] = _mm256_permute2f128_ps(w[i], w[i + 4], 0x20);
+            v[i + 4] = _mm256_permute2f128_ps(w[i], w[i + 4], 0x31);
+        }
     }
     ROSAQ_INLINE F from_int(I a) { return _mm256_cvtepi32_ps(a); }
     ROSAQ_INLINE I to_int(F a) { return _mm256_cvtps_epi32(a); }

@@ -99,23 +99,29 @@ struct SimdAvx512 {
     ROSAQ_INLINE F add_f(F a, F b) { return _mm512_add_ps(a, b); }
     ROSAQ_INLINE F mul_f(F a, F b) { return _mm512_mul_ps(a, b); }
     ROSAQ_INLINE F mul_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-    // Lane i: the sum of v[i].
-    ROSAQ_INLINE F sum_each(const F (&v)[kLanes]) {
-        F quads[4];  // four sums of every 128-bit part
-        for (int i = 0; i < 4; ++i) {
-            const F *a = v + 4 * i, *b = a + 2;
-            const F ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
-            const F cd = _mm512_add_ps(_mm512_unpacklo_ps(b[0], b[1]), _mm512_unpackhi_ps(b[0], b[1]));
-            const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
-            quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
-                                     _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    // v[i] lane j becomes v[j] lane i.
+    ROSAQ_INLINE void transpose(F (&v)[kLanes]) {
+        F w[kLanes];  // 4 x 4 within every 128-bit part
+        for (int i = 0; i < kLanes; i += 4) {
+            const __m512d ab0 = _mm512_castps_pd(_mm512_unpacklo_ps(v[i], v[i + 1]));
+            const __m512d ab1 = _mm512_castps_pd(_mm512_unpackhi_ps(v[i], v[i + 1]));
+            const __m512d cd0 = _mm512_castps_pd(_mm512_unpacklo_ps(v[i + 2], v[i + 3]));
+            const __m512d cd1 = _mm512_castps_pd(_mm512_unpackhi_ps(v[i + 2], v[i + 3]));
+            w[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab0, cd0));
+            w[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab0, cd0));
+            w[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab1, cd1));
+            w[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab1, cd1));
         }
-        F halves[2];
-        for (int i = 0; i < 2; ++i)
-            halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x44),
-                                      _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xee));
-        return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
-                             _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+        for (int i = 0; i < 4; ++i) {  // then the parts, as a 4 x 4 of their own
+            const F even0 = _mm512_shuffle_f32x4(w[i], w[i + 4], 0x88);
+            const F odd0 = _mm512_shuffle_f32x4(w[i], w[i + 4], 0xdd);
+            const F even1 = _mm512_shuffle_f32x4(w[i + 8], w[i + 12], 0x88);
+            const F odd1 = _mm512_shuffle_f32x4(w[i + 8], w[i + 12], 0xdd);
+            v[i] = _mm512_shuffle_f32x4(even0, even1, 0x88);
+            v[i + 4] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+            v[i + 8] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
+            v[i + 12] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+        }
     }
     ROSAQ_INLINE F from_int(I a) { return _mm512_cvtepi32_ps(a); }
     ROSAQ_INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }

@@ -78,6 +78,14 @@ struct SimdPortable {
         ROSAQ_LANES c.v[i] += a.v[i] * b.v[i];
         return c;
     }
+    // v[i] lane j becomes v[j] lane i.
+    ROSAQ_INLINE void transpose(F (&v)[kLanes]) {
+        for (int i = 0; i < kLanes; ++i)
+            for (int j = 0; j < i; ++j) {
+                const float kept = v[i].v[j];
+                v[i].v[j] = v[j].v[i], v[j].v[i] = kept;
+            }
+    }
     ROSAQ_INLINE F from_int(I a) {
         F r;
         ROSAQ_LANES r.v[i] = float(a.v[i]);

@@ -133,6 +133,7 @@ void stream_panel(const MainLoop& p, int64_t panel_idx, int64_t row0) {
     // What lies kPrefetchBytes beyond the scales: the codes' own prefetch begins behind it.
     for (int64_t i = 0; i < w.layout.codes_offset; i += kLineBytes)
         __builtin_prefetch(panel.scales + kPrefetchBytes + i, 0, 2);
+    if (p.args->r != 0) prefetch_salient(*p.args, panel_idx * kPanelRows, panel_rows(w, panel_idx));
 
     int64_t group = 0, left_in_group = chunks_per_group;
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
@@ -158,12 +159,15 @@ void stream_panel(const MainLoop& p, int64_t panel_idx, int64_t row0) {
         if (--left_in_group == 0) ++group, left_in_group = chunks_per_group;
     }
 
-    for (int m = 0; m < kRows && row0 + m < p.args->m; ++m) {
-        alignas(64) float row[kPanelRows];
-        for (int sub = 0; sub < Tile::kSubs; ++sub) S::store_f(row + sub * S::kLanes, y[m][sub]);
-        add_salient_dots<S>(p, panel_idx, row0 + m, row);
-        store_row<S>(*p.args, row0 + m, panel_idx * kPanelRows, panel_rows(w, panel_idx), row);
-    }
+    const int64_t rows = p.args->m - row0 < kRows ? p.args->m - row0 : kRows;
+    alignas(64) float out[kRows * kPanelRows];
+    for (int m = 0; m < kRows; ++m)
+        for (int sub = 0; sub < Tile::kSubs; ++sub)
+            S::store_f(out + m * kPanelRows + sub * S::kLanes, y[m][sub]);
+    if (p.args->r != 0) add_salient<S, Tile::kSubs>(p, panel_idx * kPanelRows, row0, rows, out);
+    for (int64_t m = 0; m < rows; ++m)
+        store_row<S>(*p.args, row0 + m, panel_idx * kPanelRows, panel_rows(w, panel_idx),
+                     out + m * kPanelRows);
 }
 
 // The same for the tile that begins `left` tokens before the end: kRows is the largest that it may have.

@@ -104,12 +104,11 @@ void word_unit(const MainLoop& p, int64_t first, int64_t row0, int64_t rows) {
                                                 units + row, y + row * cols);
         }
     }
+    add_salient<S, 2>(p, first, row0, rows, y);
     for (int64_t i = 0; i < rows; ++i)
-        for (int64_t c = 0; c < cols && first + c < w.n; c += kPanelRows) {
-            const int64_t panel_idx = (first + c) / kPanelRows;
-            add_salient_dots<S>(p, panel_idx, row0 + i, y + i * cols + c);
-            store_row<S>(*p.args, row0 + i, first + c, panel_rows(w, panel_idx), y + i * cols + c);
-        }
+        for (int64_t c = 0; c < cols && first + c < w.n; c += kPanelRows)
+            store_row<S>(*p.args, row0 + i, first + c, panel_rows(w, (first + c) / kPanelRows),
+                         y + i * cols + c);
 }
 
 template <class S>

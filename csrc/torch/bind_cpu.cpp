@@ -3,6 +3,7 @@
 
 #include "../cpu/gemm.h"
 #include "../cpu/isa.h"
+#include "../cpu/pages.h"
 #include "fused_args.h"
 
 namespace rosaq::bind {
@@ -14,6 +15,8 @@ constexpr const char* kGemms = "rosaq::fused_gemms";
 // Scratch up to here (one token of a 4096-wide layer) lies on the stack: an allocation costs about a
 // microsecond.
 constexpr int64_t kSmallScratchBytes = 64 << 10;
+// From here on malloc may map it anew at every call, and every small page of it is a page fault.
+constexpr int64_t kLargeScratchBytes = 8 << 20;
 
 void run_on_torch_threads(int64_t count, int64_t grain, cpu::Parallel::Range range, void* context) {
     STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, range, context));
@@ -50,6 +53,7 @@ void run(const FusedGemmArgs* args, int count) {
     } else {
         const std::vector<int64_t> shape{bytes};
         const Tensor scratch = torch::stable::empty(shape, ScalarType::Byte);
+        if (bytes >= kLargeScratchBytes) cpu::ask_huge_pages(scratch.mutable_data_ptr(), bytes);
         cpu::fused_gemm(args, count, precision, scratch.mutable_data_ptr(), parallel);
     }
 }

@@ -19,6 +19,18 @@ Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType type) {
     return torch::stable::empty(shape, type);
 }
 
+// A blob of a huge page and more starts on one: up to there it would lie in 4 KB pages. The memory before it
+// is never touched, so it takes addresses only.
+Tensor empty_blob(int64_t bytes) {
+    constexpr int64_t page = cpu::kHugePageBytes;
+    if (page == 0 || bytes < page) return empty_cpu({bytes}, ScalarType::Byte);
+    Tensor room = empty_cpu({bytes + page}, ScalarType::Byte);
+    const auto at = static_cast<int64_t>(reinterpret_cast<uintptr_t>(room.const_data_ptr()));
+    Tensor blob = torch::stable::narrow(room, 0, round_up(at, page) - at, bytes);
+    cpu::ask_huge_pages(blob.mutable_data_ptr(), bytes);
+    return blob;
+}
+
 }  // namespace
 
 PackedWeight parse_blob(const char* op, const Tensor& packed) {
@@ -62,9 +74,8 @@ Tensor prepack(const Tensor& qweight, const Tensor& scales, std::optional<Tensor
 
     const Tensor q = dense(qweight), s = dense(scales);
     const std::optional<Tensor> z = dense(zeros);
-    Tensor packed = empty_cpu({w.layout.total_bytes}, ScalarType::Byte);
+    Tensor packed = empty_blob(w.layout.total_bytes);
     auto* data = static_cast<uint8_t*>(packed.mutable_data_ptr());
-    cpu::ask_huge_pages(data, w.layout.total_bytes);
     const PackedHeader header = cpu::make_header(w);
     std::memcpy(data, &header, sizeof header);
     const cpu::DiskWeight disk{static_cast<const uint32_t*>(q.const_data_ptr()),

@@ -50,26 +50,25 @@ inline void check_beside(const char* op, const char* name, const std::optional<T
                 device_text(x));
 }
 
+// Text is made only where a check fails: a stream costs as much as a small product.
 inline void check_dtype(const char* op, const char* name, const Tensor& t,
                         std::initializer_list<ScalarType> allowed) {
-    std::ostringstream need;
-    for (const ScalarType type : allowed) {
+    for (const ScalarType type : allowed)
         if (t.scalar_type() == type) return;
-        need << (need.tellp() > 0 ? ", " : "") << dtype_text(type);
-    }
+    std::ostringstream need;
+    for (const ScalarType type : allowed) need << (need.tellp() > 0 ? ", " : "") << dtype_text(type);
     ROSAQ_CHECK(false, op, ": ", name, ": got dtype ", dtype_text(t.scalar_type()), ", need ", need.str());
 }
 
 inline void check_shape(const char* op, const char* name, const Tensor& t,
                         std::initializer_list<int64_t> want) {
     bool same = t.dim() == static_cast<int64_t>(want.size());
-    std::ostringstream need;
     int64_t i = 0;
-    for (const int64_t size : want) {
-        same = same && t.size(i) == size;
-        need << (i++ ? ", " : "") << size;
-    }
-    ROSAQ_CHECK(same, op, ": ", name, ": got shape ", shape_text(t), ", need [", need.str(), "]");
+    for (const int64_t size : want) same = same && t.size(i++) == size;
+    if (same) return;
+    std::ostringstream need;
+    for (const int64_t size : want) need << (need.tellp() > 0 ? ", " : "") << size;
+    ROSAQ_CHECK(false, op, ": ", name, ": got shape ", shape_text(t), ", need [", need.str(), "]");
 }
 
 inline void check_bits(const char* op, int64_t bits) {
