@@ -67,12 +67,19 @@ def quantize_with_basis(weight: Tensor, gram: Tensor, spec: QuantSpec, count: in
     gram = gram.double()
     basis = principal_axes(gram)[1][:, :count].to(torch.float16)
     wide = basis.double()
-    rest = torch.eye(len(gram), dtype=torch.float64) - wide @ torch.linalg.pinv(wide)
-    tensors = quantize_weight(weight, rest @ gram @ rest.T, spec)
+    tensors = quantize_weight(weight, _without(gram, wide), spec)
     w_hat = dequantize(tensors["qweight"], tensors["scales"], tensors.get("zeros"), spec.bits)
     cross = gram @ wide
     correction = (weight - w_hat).double() @ cross @ torch.linalg.pinv(wide.T @ cross, hermitian=True)
     return tensors | {"salient_weight": correction.to(torch.float16), "salient_basis": basis}
+
+
+def _without(gram: Tensor, wide: Tensor) -> Tensor:
+    """(I - P) G (I - P)ᵀ with P the projection on the columns of wide [k, r]: as three products of rank r, because
+    matrices [k, k] of float64 are the largest that a run holds."""
+    inverse = torch.linalg.pinv(wide)
+    seen = inverse @ gram  # [r, k], P G = wide · seen
+    return gram.addmm(wide, seen, alpha=-1).addmm_(seen.T - wide @ (seen @ inverse.T), wide.T, alpha=-1)
 
 
 def quantize_in_axes(weight: Tensor, gram: Tensor, spec: QuantSpec, count: int) -> dict[str, Tensor]:
