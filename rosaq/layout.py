@@ -14,10 +14,12 @@ W = (codes - zero) * scale, one scale and zero per row and group of k / g channe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from rosaq.config import check_bits
+from rosaq.config import LinearFormat, check_bits
 
 BLOCK = 32  # codes that fill whole words
 
@@ -67,3 +69,21 @@ def dequantize(
     zero = torch.full_like(scales, 2 ** (bits - 1)) if zeros is None else zeros
     per_column = [t.to(dtype).repeat_interleave(group_size, dim=1) for t in (zero, scales)]
     return (codes.to(dtype) - per_column[0]) * per_column[1]
+
+
+def dense_weight(tensors: Mapping[str, Tensor], fmt: LinearFormat, *, rotated: bool = False) -> Tensor:
+    """The float32 weight [n, k] that a linear's disk tensors stand for, salient directions and rotation included.
+
+    It acts on x, or with `rotated` on t = x · blockdiag(rotation).
+    """
+    weight = dequantize(tensors["qweight"], tensors["scales"], tensors.get("zeros"), fmt.bits)
+    if fmt.num_salient and fmt.salient == "index":
+        weight.index_add_(1, tensors["salient_index"].long(), tensors["salient_weight"].float())
+    elif fmt.num_salient:
+        weight += tensors["salient_weight"].float() @ tensors["salient_basis"].float().T
+    if fmt.rotation_size and not rotated:
+        blocks = weight.unflatten(1, (-1, fmt.rotation_size))
+        rotation = tensors["rotation"].float()
+        back = blocks @ rotation[0].T if len(rotation) == 1 else torch.einsum("nbj,bij->nbi", blocks, rotation)
+        weight = back.flatten(1)
+    return weight

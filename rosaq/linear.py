@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rosaq import ops
 from rosaq.config import LinearFormat
-from rosaq.layout import dequantize
+from rosaq.layout import dense_weight
 from rosaq.sharding import Piece
 from rosaq.specs import QuantSpec
 
@@ -298,19 +298,8 @@ class RosaqLinear(nn.Module):
     @torch.no_grad()
     def dequantize(self) -> Tensor:
         """The dense weight float32 [n, k] that gives y = x · weightᵀ + bias: salient and rotation included."""
-        fmt, disk = self.format, self._disk_tensors()
-        weight: Tensor = dequantize(disk["qweight"], disk["scales"], disk.get("zeros"), fmt.bits)
-        if self.salient_weight is not None:
-            salient_weight = self.salient_weight.float()
-            if self.salient_index is not None:
-                weight.index_add_(1, self.salient_index.long(), salient_weight)
-            else:
-                weight += salient_weight @ cast(Tensor, self.salient_basis).float().T
-        if self.rotation is not None:
-            blocks = weight.reshape(len(weight), -1, fmt.rotation_size)
-            rotation = self.rotation.float().expand(blocks.shape[1], -1, -1)
-            weight = torch.einsum("nbj,bij->nbi", blocks, rotation).flatten(1)
-        return weight
+        held = {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
+        return dense_weight(held | self._disk_tensors(), self.format)
 
     @property
     def bits_per_weight(self) -> float:

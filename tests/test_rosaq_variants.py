@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from rosaq.checkpoint import bits_by_tensor, read_config
 from rosaq.config import LinearFormat
+from rosaq.layout import dense_weight
 from rosaq.linear import RosaqLinear
 from rosaq.pipeline import quantize
-from rosaq.pipeline.block import effective_weight
 from rosaq.quantizers import quantize_in_axes, quantize_with_basis
 from rosaq.recipes import RECIPES, make_recipe
 from rosaq.report.tables import describe_bits
@@ -82,7 +82,7 @@ def test_both_forms_are_exact_on_the_same_principal_directions(weight, gram):
     assert torch.equal(dense["rotation"][0, :, :COUNT], basis["salient_basis"])
     u = basis["salient_basis"].double()
     for tensors, fmt in ((dense, DENSE_FORMAT), (basis, BASIS_FORMAT)):
-        error = (effective_weight(tensors, fmt).double() - weight.double()) @ u
+        error = (dense_weight(tensors, fmt).double() - weight.double()) @ u
         floor = FLOORS[torch.float16] * weight.norm(dim=1).max()
         # a projection is exact in the metric of the second moments, and the rest of them is orthogonal to it here
         assert error.abs().max() <= 2 * floor, fmt

@@ -7,8 +7,7 @@ import torch
 
 from rosaq.calibrate import BlockModel
 from rosaq.config import LinearFormat
-from rosaq.layout import unpack
-from rosaq.pipeline.block import effective_weight
+from rosaq.layout import dense_weight, unpack
 from rosaq.quantizers import quantize_weight
 from rosaq.recipes import RECIPES
 from rosaq.specs import QuantSpec, TuneSpec
@@ -33,7 +32,7 @@ def randn(*shape, seed=0):
 
 def tuned_linear(fmt, seed=0):
     stored = random_linear(fmt, 16, 128, seed)
-    weight = effective_weight(stored, replace(fmt, rotation_blocks=0, rotation_size=0)) + 0.01 * randn(16, 128)
+    weight = dense_weight(stored, replace(fmt, rotation_blocks=0, rotation_size=0)) + 0.01 * randn(16, 128)
     return stored, TunedLinear(weight, stored, fmt)
 
 
@@ -59,11 +58,11 @@ def test_the_stored_tensors_are_the_tuned_weight_bit_for_bit(fmt):
         if linear.shift is not None:
             linear.shift += randn(*linear.shift.shape, seed=3)
     after = linear.stored()
-    assert torch.equal(effective_weight(after, fmt), linear.weight())
+    assert torch.equal(dense_weight(after, fmt), linear.weight())
     changed = (unpack(after["qweight"], fmt.bits) != unpack(stored["qweight"], fmt.bits)).float().mean()
     assert changed > 0.3
     if fmt.num_salient and fmt.salient == "index":
-        bulk = effective_weight(after, replace(fmt, num_salient=0), rotated=True)
+        bulk = dense_weight(after, replace(fmt, num_salient=0), rotated=True)
         assert not bulk[:, stored["salient_index"].long()].any()
 
 

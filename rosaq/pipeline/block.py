@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rosaq.calibrate import BlockModel, importance_summary, token_importance
 from rosaq.config import LinearFormat, SalientKind
-from rosaq.layout import dequantize
+from rosaq.layout import dense_weight
 from rosaq.models import Family, Site
 from rosaq.pipeline.budget import SiteChoice
 from rosaq.pipeline.moments import SiteMoments
@@ -136,7 +136,7 @@ def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
             except NotPositiveDefiniteError as error:
                 raise NotPositiveDefiniteError(f"{task.name}{site.linears[0]}: {error}") from error
         for linear in (linear for site in sites for linear in site.linears):
-            current[f"{linear}.weight"] = effective_weight(made[linear], fmts[linear])
+            current[f"{linear}.weight"] = dense_weight(made[linear], fmts[linear])
     gains: Tensors = {}
     if recipe.tune.steps:
         made, gains, loss = _tune(task, streams.quantised, outputs, importance, made, fmts)
@@ -242,24 +242,12 @@ def of_linear(tensors: Tensors, linear: str) -> Tensors:
     return own
 
 
-def effective_weight(tensors: Tensors, fmt: LinearFormat, *, rotated: bool = False) -> Tensor:
-    """The dense [n, k] float32 weight that the stored tensors stand for, acting on x (on t = x R if `rotated`)."""
-    w = dequantize(tensors["qweight"], tensors["scales"], tensors.get("zeros"), fmt.bits).float()
-    if fmt.num_salient and fmt.salient == "index":
-        w[:, tensors["salient_index"].long()] += tensors["salient_weight"].float()
-    elif fmt.num_salient:
-        w += tensors["salient_weight"].float() @ tensors["salient_basis"].float().T
-    if fmt.rotation_size and not rotated:
-        w = rotate_blocks(w, tensors["rotation"].float().transpose(-1, -2))
-    return w
-
-
 def _report(
     task: BlockTask, site: Site, linear: str, fmt: LinearFormat, gram: Tensor | None, tensors: Tensors
 ) -> LinearReport:
     w = task.weights[f"{linear}.weight"]
     is_rotated = not task.recipe.rotation.is_dense(site.reads)  # before the codes were made, and its gram too
-    wide, error = w.double(), (effective_weight(tensors, fmt, rotated=is_rotated) - w).double()
+    wide, error = w.double(), (dense_weight(tensors, fmt, rotated=is_rotated) - w).double()
     if gram is None:
         signal, noise = wide.square().sum(), error.square().sum()
     else:

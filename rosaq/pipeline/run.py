@@ -11,11 +11,11 @@ from torch import Tensor
 
 from rosaq.calibrate import num_ranks, own_share
 from rosaq.config import LinearFormat
+from rosaq.layout import dense_weight
 from rosaq.pipeline.block import (
     BlockTask,
     LinearReport,
     Streams,
-    effective_weight,
     of_linear,
     online,
     quantize_block,
@@ -125,8 +125,7 @@ class Run:
             self.blocks.append({key: values[key] for key in ("tuned", "importance", "expert_tokens")})
             if "probe.dense" in tensors:
                 self._probe = Probe(tensors.pop("probe.dense"), tensors.pop("probe.rotated"))
-            runnable = _runnable(tensors, self.plan.formats(index))
-            self._advance(index, streams, outputs, runnable)
+            self._advance(index, streams, outputs, tensors)
             release_freed_memory()
             self._report("blocks", index, _mean_db(self.reports, len(values["reports"])))
         self._dense_outputs = streams.moments
@@ -151,8 +150,9 @@ class Run:
         release_freed_memory()
         self._report("tuning", done - 1, total=steps)
 
-    def _advance(self, index: int, streams: Streams, outputs: list[Tensor], quantised: Tensors) -> None:
+    def _advance(self, index: int, streams: Streams, outputs: list[Tensor], stored: Tensors) -> None:
         """The streams through block `index`: that of the second moments is `outputs` where they are known already."""
+        through_quantised = [streams.quantised]
         if outputs:
             streams.moments[:] = outputs
         elif self._recipe.moments == "dense":
@@ -163,8 +163,11 @@ class Run:
             )
             self._through(index, streams.moments, weights)
         else:
-            self._through(index, streams.moments, quantised)
-        self._through(index, streams.quantised, quantised)
+            through_quantised.append(streams.moments)
+        if any(through_quantised):
+            quantised = _runnable(stored, self.plan.formats(index))
+            for stream in through_quantised:
+                self._through(index, stream, quantised)
 
     def _through(self, index: int, stream: list[Tensor], tensors: Tensors) -> None:
         name = self._dense.blocks.family.block_prefix(index)[:-1]
@@ -245,7 +248,7 @@ class Run:
 
 def _runnable(tensors: Tensors, fmts: dict[str, LinearFormat]) -> Tensors:
     """Stored tensors of a block -> the dense float32 weights they stand for, as the block's code wants them."""
-    weights = {f"{name}.weight": effective_weight(of_linear(tensors, name), fmt) for name, fmt in fmts.items()}
+    weights = {f"{name}.weight": dense_weight(of_linear(tensors, name), fmt) for name, fmt in fmts.items()}
     return weights | {
         n: t.float() for n, t in tensors.items() if n.rpartition(".")[0] not in fmts or n.endswith(".bias")
     }

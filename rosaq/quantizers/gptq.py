@@ -46,8 +46,11 @@ def inverse_factor(gram: Tensor, num_bulk: int, damping: float) -> Tensor:
         damped = gram.clone()
         torch.diagonal(damped).add_(share * mean.clamp_min(torch.finfo(torch.float32).tiny))
         lower, info = torch.linalg.cholesky_ex(damped)
+        del damped  # the largest matrices of a run: no more of them at once than it takes
         if info.item() == 0:
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
             if info.item() == 0:
                 return torch.as_tensor(upper)
     raise NotPositiveDefiniteError(

@@ -74,13 +74,12 @@ def quantize_with_basis(weight: Tensor, gram: Tensor, spec: QuantSpec, count: in
     return tensors | {"salient_weight": correction.to(torch.float16), "salient_basis": basis}
 
 
-def _without(gram: Tensor, basis: Tensor) -> Tensor:
-    """(I - P) G (I - P) for the projection P on the columns of basis [k, r], at the cost of k² r."""
-    pinv = torch.linalg.pinv(basis)
-    seen = pinv @ gram  # [r, k]
-    cross = basis @ seen  # P G
-    result: Tensor = gram - cross - cross.T + basis @ (seen @ pinv.T) @ basis.T
-    return result
+def _without(gram: Tensor, wide: Tensor) -> Tensor:
+    """(I - P) G (I - P)ᵀ with P the projection on the columns of wide [k, r]: as three products of rank r, because
+    matrices [k, k] of float64 are the largest that a run holds."""
+    inverse = torch.linalg.pinv(wide)
+    seen = inverse @ gram  # [r, k], P G = wide · seen
+    return gram.addmm(wide, seen, alpha=-1).addmm_(seen.T - wide @ (seen @ inverse.T), wide.T, alpha=-1)
 
 
 def quantize_in_axes(weight: Tensor, gram: Tensor, spec: QuantSpec, count: int) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def principal_axes(gram: Tensor) -> tuple[Tensor, Tensor]:
     values, axes = torch.linalg.eigh(gram)
     values, axes = values.flip(0), axes.flip(1)
     largest = axes.abs().argmax(0)
-    return values, axes * torch.sign(axes[largest, torch.arange(axes.shape[1])])
+    return values, axes.mul_(torch.sign(axes[largest, torch.arange(axes.shape[1])]))
 
 
 def pca_random_tail(gram: Tensor, num_principal: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,114 @@
+"""What a run costs, counted: bytes held at once, and multiplications, as the model and the calibration text grow."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from rosaq.pipeline import quantize
+from rosaq.recipes import make_recipe
+from rosaq.specs import CalibrationSpec
+from tests.models import TEXT, save_dense, tiny_llama
+from tests.peak import PeakMemory
+
+LENGTH = 64
+RECIPE = make_recipe(preset="fast")
+RECIPE = replace(RECIPE, quant=replace(RECIPE.quant, group_size=32, refine=1))  # more rounds take no more memory
+
+# How many of each are held at once (DESIGN.md, "From a dense model to a checkpoint"). An eigendecomposition takes two
+# second moments more for itself.
+BLOCKS, MOMENTS, STREAMS = 6, 5, 3
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a Llama whose key-value heads are half as many as its heads, and of its calibration text."""
+
+    hidden: int
+    mlp: int
+    layers: int
+    sequences: int = 8
+    length: int = LENGTH
+    kv_share: float = 0.5
+
+    @property
+    def block(self):
+        """Bytes of a block's linears in float32."""
+        return 4 * self.hidden * ((2 + 2 * self.kv_share) * self.hidden + 3 * self.mlp)
+
+    @property
+    def moments(self):
+        """Bytes of the largest second moments, float64."""
+        return 8 * max(self.hidden, self.mlp) ** 2
+
+    @property
+    def stream(self):
+        """Bytes of the calibration text's hidden states, float32."""
+        return 4 * self.sequences * self.length * self.hidden
+
+    @property
+    def model(self):
+        """Bytes of all blocks in 16 bits."""
+        return self.layers * self.block / 2
+
+    @property
+    def bound(self):
+        return BLOCKS * self.block + MOMENTS * self.moments + STREAMS * self.stream
+
+
+SMALL = [Size(64, 256, layers) for layers in (1, 2, 4)]
+MORE_TEXT = [Size(64, 256, 1, sequences) for sequences in (16, 24)]
+WIDE = [Size(128, 512, 1, sequences) for sequences in (8, 16)]
+
+
+@pytest.fixture(scope="module")
+def cost(tmp_path_factory):
+    """{size: (bytes at the peak, floating point operations)} of a run."""
+    root, found = tmp_path_factory.mktemp("cost"), {}
+    for number, size in enumerate(SMALL + MORE_TEXT + WIDE):
+        sizes = {"hidden_size": size.hidden, "intermediate_size": size.mlp, "head_dim": size.hidden // 4}
+        source = save_dense(root / f"dense{number}", tiny_llama(num_hidden_layers=size.layers, **sizes))
+        text, spec = [TEXT[0] * 20], CalibrationSpec(size.sequences, LENGTH, batch_size=8)
+        with PeakMemory() as memory, FlopCounterMode(display=False) as operations:
+            quantize(source, root / f"out{number}", recipe=RECIPE, preset="fast", calibration=text, spec=spec)
+        found[size] = memory.peak, operations.get_total_flops()
+    return found
+
+
+def test_memory_holds_no_more_for_more_layers(cost):
+    _, two, four = (cost[size][0] for size in SMALL)  # a single block has none before it
+    assert four - two <= 0.1 * (SMALL[2].model - SMALL[1].model)  # the codes alone would be 0.2 of it
+
+
+def test_memory_holds_the_calibration_text_twice(cost):
+    """What enters the block and what leaves it: the rest is there whatever the length of the text."""
+    less, more = MORE_TEXT
+    assert cost[more][0] - cost[less][0] <= 2.2 * (more.stream - less.stream)
+
+
+@pytest.mark.parametrize("size", [SMALL[0], SMALL[2], WIDE[0]])
+def test_memory_stays_below_the_bound(size, cost):
+    assert cost[size][0] <= size.bound
+    assert cost[size][0] > 0.7 * size.bound  # or the bound says nothing
+
+
+def test_a_model_of_seven_billion_fits_where_it_fits_in_16_bits():
+    size = Size(4096, 11008, 32, 128, 512, kv_share=1)
+    work_space = 2 * size.moments
+    assert size.bound + work_space < size.model + size.block + size.stream + size.moments
+
+
+def test_cost_grows_linearly_with_layers(cost):
+    one, two, four = (cost[size][1] for size in SMALL)
+    assert four - two == pytest.approx(2 * (two - one), rel=0.01)
+
+
+def test_cost_grows_linearly_with_tokens(cost):
+    first, second, third = (cost[size][1] for size in (SMALL[0], *MORE_TEXT))
+    assert third - second == pytest.approx(second - first, rel=0.01)
+
+
+def test_cost_of_a_token_grows_no_faster_than_the_parameters(cost):
+    small = cost[MORE_TEXT[0]][1] - cost[SMALL[0]][1]
+    wide = cost[WIDE[1]][1] - cost[WIDE[0]][1]
+    assert 0.75 < (wide / small) / (WIDE[0].block / SMALL[0].block) <= 1.01
