@@ -122,7 +122,7 @@ def run_demo(
     console.print(eval_table(list(results.values()), ["FP16", *(f"{recipe} INT3" for recipe in outputs)]))
     best = outputs[RECIPES[-1]]
     console.print(f"[bold]4[/] {best} continues a text")
-    console.print(continue_text(best, PROMPT, max_new_tokens=40), markup=False)
+    console.print(continue_text(best, PROMPT, max_new_tokens=40).text, markup=False)
     console.print(
         "\n[bold]Your own model:[/]\n"
         "  rosaq quantize MODEL -o OUT --bits 3 --group-size 64 --calibration TEXT\n"

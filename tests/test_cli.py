@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -69,7 +70,8 @@ def test_quantize_then_eval_inspect_and_generate(capsys, tmp_path, dense, text, 
     assert "down_proj" in stdout
     assert "model.layers.1.mlp.up_proj" in stdout
 
-    code, stdout, _ = run(capsys, "generate", out, "The", "--max-new-tokens", "3")
+    code, stdout, stderr = run(capsys, "generate", out, "The", "--max-new-tokens", "3")
+    assert re.search(r"3 tokens: [\d.]+ ms for the first, [\d.]+ ms for each further one", stderr)
     assert code == 0
     assert stdout.startswith("The")
 
@@ -106,7 +108,9 @@ def test_convert_tells_what_it_did(capsys, tmp_path, quantised):
     assert code == 0, stderr
     assert "14 linears: rosaq," in stdout
     assert json.loads((tmp_path / "c.json").read_text())["result"]["target_format"] == "dense"
-    assert run(capsys, "generate", tmp_path / "dense", "The", "--max-new-tokens", "2")[0] == 0
+    code, _, stderr = run(capsys, "generate", tmp_path / "dense", "The", "--max-new-tokens", "1")
+    assert code == 0
+    assert re.search(r"1 tokens: [\d.]+ ms for the first\n", stderr)
     assert run(capsys, "convert", quantised, "-o", tmp_path / "dense")[0] == 2
 
 

@@ -59,9 +59,11 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
 ) -> None:
-    """Continue a text."""
-    text = continue_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, dtype=dtype)
-    typer.echo(text)
+    """Continue a text; how long a token took goes to standard error."""
+    made = continue_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, dtype=dtype)
+    typer.echo(made.text)
+    further = "" if made.token_seconds is None else f", {1e3 * made.token_seconds:.1f} ms for each further one"
+    typer.echo(f"{made.num_tokens} tokens: {1e3 * made.first_seconds:.1f} ms for the first{further}", err=True)
 
 
 @app.command("inspect")

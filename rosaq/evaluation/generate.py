@@ -1,13 +1,40 @@
-"""Let a model continue a text: the quickest check that a checkpoint is sound."""
+"""Let a model continue a text: the quickest check that a checkpoint is sound, and how long a token takes."""
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rosaq.evaluation.subject import load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """text: the prompt and what the model added. num_tokens: added. first_seconds: until the first of them, with the
+    whole prompt; token_seconds: of each further one on average, None where there is none."""
+
+    text: str
+    num_tokens: int
+    first_seconds: float
+    token_seconds: float | None
+
+
+class _Clock:
+    """What transformers calls a streamer: it notes when the prompt and then every token comes."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _tokens: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""
 
 
 def continue_text(
@@ -18,7 +45,7 @@ def continue_text(
     temperature: float = 0.0,
     seed: int = 0,
     dtype: str = "float32",
-) -> str:
+) -> Continuation:
     """`prompt` and what `model` adds to it."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: got {max_new_tokens}, need at least 1")
@@ -31,6 +58,16 @@ def continue_text(
         raise ValueError("prompt: got no tokens, need some text")
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    clock = _Clock()
     with torch.no_grad():  # not inference_mode, where linears that read the same x do not share a call
-        ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
-    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+        ids = loaded.generate(
+            **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, streamer=clock, **sampling
+        )
+    start, first, *_ = clock.times
+    further = len(clock.times) - 2
+    return Continuation(
+        text=str(tokenizer.decode(ids[0], skip_special_tokens=True)),
+        num_tokens=further + 1,
+        first_seconds=first - start,
+        token_seconds=(clock.times[-1] - first) / further if further else None,
+    )
