@@ -80,6 +80,38 @@ def test_memory_holds_no_more_for_more_layers(cost):
     assert four - two <= 0.1 * (SMALL[2].model - SMALL[1].model)  # the codes alone would be 0.2 of it
 
 
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """{size: bytes at the peak} of a run that tunes. Without the counter of operations, which keeps graphs alive."""
+    root, found = tmp_path_factory.mktemp("tuned"), {}
+    recipe = replace(RECIPE, tune=replace(RECIPE.tune, steps=4, model_steps=2))
+    for size in SMALL[1:]:
+        sizes = {"hidden_size": size.hidden, "intermediate_size": size.mlp, "head_dim": size.hidden // 4}
+        source = save_dense(root / f"dense{size.layers}", tiny_llama(num_hidden_layers=size.layers, **sizes))
+        spec = CalibrationSpec(size.sequences, LENGTH, batch_size=8)
+        with PeakMemory() as memory:
+            quantize(
+                source,
+                root / f"out{size.layers}",
+                recipe=recipe,
+                preset="default",
+                calibration=[TEXT[0] * 20],
+                spec=spec,
+            )
+        found[size] = memory.peak
+    return found
+
+
+def test_tuning_holds_no_more_for_more_layers(tuned):
+    two, four = tuned.values()
+    assert four - two <= 0.1 * (SMALL[2].model - SMALL[1].model)
+
+
+@pytest.mark.parametrize("size", SMALL[1:])
+def test_tuning_stays_below_the_bound(size, tuned):
+    assert tuned[size] <= size.bound
+
+
 def test_memory_holds_the_calibration_text_twice(cost):
     """What enters the block and what leaves it: the rest is there whatever the length of the text."""
     less, more = MORE_TEXT
