@@ -69,7 +69,7 @@ def main() -> None:
             continue
         made = quantise(run, arguments)
         dense, bits = decode(run, _folder(run, arguments), arguments.model)
-        row = row or asdict(run) | {"bits_per_weight": bits} | made
+        row = row or asdict(run) | {"bits_per_weight": bits, "commit": environment()["commit"]} | made
         _measure(row, load_subject(dense), reference, arguments, record)
 
 
