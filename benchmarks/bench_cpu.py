@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import machine, medians, read_bandwidth, rotate_copies
+from timing import medians, read_bandwidth, rotate_copies, write_rows
 from torch import Tensor
 from torch.nn import functional
 
@@ -131,15 +130,9 @@ def main() -> None:
     if args.isa is not None:
         _C.set_isa(args.isa)
     setting = {"group_size": args.group_size, "x_dtype": args.dtype}
-    result: dict[str, Any] = {"machine": machine(), "setting": setting, "rows": []}
-    print(json.dumps({name: value for name, value in result.items() if name != "rows"}))
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shape]
-    for (n, k), m in itertools.product(shapes, args.m):
-        row = measure(m, n, k, args)
-        print(json.dumps(row), flush=True)
-        result["rows"].append(row)
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    cases = itertools.product(shapes, args.m)
+    write_rows(setting, (measure(m, n, k, args) for (n, k), m in cases), args.out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from bench_cpu import CACHE_BYTES, Call, in_int8, quantised_call
 from llamacpp import TYPES, Ggml
-from timing import machine, medians, read_bandwidth
+from timing import medians, read_bandwidth, write_rows
 
 PAUSE = 0.01  # seconds before a turn, in which the other library's threads go to sleep
 
@@ -88,19 +87,9 @@ def main() -> None:
     torch.manual_seed(0)
     ggml = Ggml(args.library, args.threads)
     setting = {"group_size": args.group_size, "x_dtype": "bfloat16", "ggml": ggml.version}
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "setting": setting,
-        "rows": [],
-    }
-    print(json.dumps({name: value for name, value in result.items() if name != "rows"}))
-    for shape, m in itertools.product(args.shape, args.m):
-        n, k = map(int, shape.split("x"))
-        row = measure(m, n, k, args, ggml)
-        print(json.dumps(row), flush=True)
-        result["rows"].append(row)
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shape]
+    cases = itertools.product(shapes, args.m)
+    write_rows(setting, (measure(m, n, k, args, ggml) for (n, k), m in cases), args.out)
 
 
 if __name__ == "__main__":

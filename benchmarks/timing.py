@@ -6,13 +6,14 @@ Numbers of different runs do not compare; ratios within one run do.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -96,3 +97,15 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit,
     }
+
+
+def write_rows(setting: dict[str, Any], rows: Iterable[dict[str, Any]], out: Path | None) -> None:
+    """Print machine and setting, then every row as it comes; all of it into the JSON file `out` at the end."""
+    head = {"machine": machine(), "setting": setting}
+    print(json.dumps(head))
+    done = []
+    for row in rows:
+        print(json.dumps(row), flush=True)
+        done.append(row)
+    if out is not None:
+        out.write_text(json.dumps(head | {"rows": done}, indent=1) + "\n")

@@ -15,6 +15,7 @@ from rosaq.checkpoint import read_config
 from rosaq.linear import RosaqLinear
 from rosaq.pipeline import quantize
 from rosaq.pipeline.probe import TOLERANCE
+from rosaq.pipeline.source import DenseModel
 from rosaq.recipes import PRESETS, RECIPES, make_recipe
 from rosaq.specs import CalibrationSpec, TuneSpec
 from tests.models import SMALL, TEXT, TUNED, byte_level_tokenizer, save_dense, tiny_llama, tiny_mistral
@@ -298,3 +299,17 @@ def test_the_public_function_is_the_pipeline(dense, tmp_path):
     result = rosaq.quantize(dense, tmp_path / "out", recipe="rtn", **SMALL)
     assert result.to_dict()["bits_per_weight"] == result.bits_per_weight
     assert result.peak_memory_bytes > 0
+
+
+def test_passes_in_bfloat16_round_products_only(dense, monkeypatch):
+    source = DenseModel(dense)
+    weights, hidden = source.block(0), torch.randn(2, 16, source.blocks.sizes.hidden)
+    exact = source.blocks.run(0, weights, hidden)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert source.blocks.in_bf16() is source.blocks  # without instructions for it
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    rounded = source.blocks.in_bf16().run(0, weights, hidden)
+    error = float((rounded - exact).norm() / exact.norm())
+    assert rounded.dtype == torch.float32  # as the residual stream stays
+    assert 0 < error < 2**-7
+    assert torch.equal(source.blocks.run(0, weights, hidden), exact)
