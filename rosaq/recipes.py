@@ -50,7 +50,7 @@ class Preset:
     model_steps: int
 
 
-PRESETS = {"fast": Preset(32, 0, 0), "default": Preset(128, 1, 1), "best": Preset(128, 2, 2)}
+PRESETS = {"fast": Preset(32, 0, 0), "default": Preset(128, 1, 1), "best": Preset(256, 2, 4)}
 DEFAULT_PRESET = "default"
 
 
