@@ -1,4 +1,5 @@
-"""Tokens per second of greedy decoding on the CPU: torch against rosaq with and without shared calls. Writes JSON.
+"""Tokens per second of greedy decoding on the CPU: torch against rosaq, its calls shared or not, its step compiled or
+not. Writes JSON.
 
     python benchmarks/bench_generate.py MODEL --threads 2 --out results.json
 
@@ -21,6 +22,7 @@ from llamacpp import Ggml, Llama
 from timing import machine, medians
 from transformers import AutoModelForCausalLM
 
+from rosaq.evaluation.generate import compiled_step
 from rosaq.integrations.transformers import RosaqConfig
 
 PAUSE = 0.01  # seconds before a turn, in which the other library's threads go to sleep
@@ -72,15 +74,18 @@ def main() -> None:
     }
     prompt = torch.arange(100, 108)[None]
 
-    def generate(model: Any) -> torch.Tensor:
+    def generate(model: Any, **further: Any) -> torch.Tensor:
         length = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens}
-        ids: torch.Tensor = model.generate(prompt, do_sample=False, **length)
+        ids: torch.Tensor = model.generate(prompt, do_sample=False, **length, **further)
         return ids
 
-    alone, shared = generate(models["int4_bfloat16_each_alone"]), generate(models["int4_bfloat16"])
-    if not torch.equal(alone, shared):
-        raise SystemExit(f"shared calls: got {shared.tolist()}, need {alone.tolist()}")
-    calls = {name: lambda model=model: generate(model) for name, model in models.items()}
+    calls: dict[str, Callable[[], Any]] = {name: lambda model=model: generate(model) for name, model in models.items()}
+    for name in ("torch_bfloat16", "int4_bfloat16"):
+        calls[f"{name}_compiled"] = lambda model=models[name]: generate(model, **compiled_step())
+    wanted = calls["int4_bfloat16"]()
+    for name in ("int4_bfloat16_each_alone", "int4_bfloat16_compiled"):
+        if not torch.equal(found := calls[name](), wanted):
+            raise SystemExit(f"{name}: got {found.tolist()}, need {wanted.tolist()}")
     calls |= llama_calls(args, prompt[0].tolist())
     seconds = medians(calls, args.rounds, pause=PAUSE)
     rates = {name: round(args.tokens / s, 1) for name, s in seconds.items()}

@@ -121,6 +121,14 @@ def test_sampling_is_repeatable_by_seed(capsys, quantised):
     assert first != other
 
 
+def test_a_compiled_step_says_the_same(capsys, quantised):
+    command = ["generate", quantised, "A", "--max-new-tokens", "6", "--dtype", "float32"]
+    code, stdout, stderr = run(capsys, *command, "--compile")
+    assert code == 0, stderr
+    assert re.search(r"6 tokens: .* for the first, \d+ s for the second with compiling, [\d.]+ ms for each", stderr)
+    assert stdout == run(capsys, *command)[1]
+
+
 def test_doctor_speaks_text_and_json(capsys):
     code, stdout, _ = run(capsys, "doctor")
     assert code == 0

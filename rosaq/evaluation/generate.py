@@ -16,12 +16,14 @@ from rosaq.evaluation.subject import load_model, load_tokenizer
 @dataclass(frozen=True)
 class Continuation:
     """text: the prompt and what the model added. num_tokens: added. first_seconds: until the first of them, with the
-    whole prompt; token_seconds: of each further one on average, None where there is none."""
+    whole prompt; token_seconds: of each further one on average, None where there is none. compile_seconds: of the
+    second one where the step was compiled, which is when it happens; it is not in the average."""
 
     text: str
     num_tokens: int
     first_seconds: float
     token_seconds: float | None
+    compile_seconds: float | None = None
 
 
 class _Clock:
@@ -44,9 +46,10 @@ def continue_text(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
-    dtype: str = "float32",
+    dtype: str = "bfloat16",
+    compile: bool = False,
 ) -> Continuation:
-    """`prompt` and what `model` adds to it."""
+    """`prompt` and what `model` adds to it. compile: the step of one token, by torch.compile (see `compiled_step`)."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: got {max_new_tokens}, need at least 1")
     if temperature < 0:
@@ -61,13 +64,33 @@ def continue_text(
     clock = _Clock()
     with torch.no_grad():  # not inference_mode, where linears that read the same x do not share a call
         ids = loaded.generate(
-            **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, streamer=clock, **sampling
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            streamer=clock,
+            **sampling,
+            **(compiled_step() if compile else {}),
         )
-    start, first, *_ = clock.times
-    further = len(clock.times) - 2
+    start, first, *further = clock.times
+    compiled, settled = (further[:1], further[1:]) if compile else ([], further)
+    since = compiled[0] if compiled else first
     return Continuation(
         text=str(tokenizer.decode(ids[0], skip_special_tokens=True)),
-        num_tokens=further + 1,
+        num_tokens=1 + len(further),
         first_seconds=first - start,
-        token_seconds=(clock.times[-1] - first) / further if further else None,
+        token_seconds=(settled[-1] - since) / len(settled) if settled else None,
+        compile_seconds=compiled[0] - first if compiled else None,
     )
+
+
+def compiled_step() -> dict[str, Any]:
+    """Arguments of transformers' `generate` that compile the step of one token, with a cache of fixed size.
+
+    It does so by itself on a GPU once the cache is static; a CPU has to be asked for. The prompt runs as it is:
+    compiled for every length anew, it would take longer than it saves.
+    """
+    from transformers import CompileConfig
+
+    how = CompileConfig(fullgraph=True)
+    how._compile_all_devices = True  # type: ignore[assignment]  # transformers declares it as None
+    return {"cache_implementation": "static", "compile_config": how}
