@@ -68,7 +68,8 @@ RUNS = [*_runs(3), _BEST, *_runs(4), *_llamacpp("IQ3_XXS", "IQ3_S", "Q3_K_S", "Q
 
 NOT_RUN = {
     "GPTQModel 7.7.0": "needs torch 2.14.1 or newer; its GPTQ is compared through llm-compressor's",
-    "AutoAWQ 0.2.9": "no longer maintained; its method is compared through llm-compressor's AWQ",
+    "AutoAWQ 0.2.9": "no longer maintained; llm-compressor has its method",
+    "AWQ (llm-compressor)": "a run by name, `AWQ int3 g64`; its search took too long on the CPU to be in the table",
     "QuaRot + GPTQ": "research code that needs CUDA kernels; rosaq's recipe quarot is the same method",
     "ExLlamaV3": "needs a CUDA device to quantise",
 }
