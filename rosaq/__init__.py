@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rosaq.conversion import convert as convert
     from rosaq.evaluation import evaluate as evaluate
     from rosaq.integrations.transformers import RosaqConfig as RosaqConfig
+    from rosaq.integrations.transformers_decoding import compiled_step as compiled_step
     from rosaq.linear import RosaqLinear as RosaqLinear
     from rosaq.pipeline import quantize as quantize
     from rosaq.specs import CalibrationSpec as CalibrationSpec
@@ -33,6 +34,7 @@ _LAZY = {
     "QuantSpec": "rosaq.specs",
     "RosaqConfig": "rosaq.integrations.transformers",
     "RosaqLinear": "rosaq.linear",
+    "compiled_step": "rosaq.integrations.transformers_decoding",
     "convert": "rosaq.conversion",
     "evaluate": "rosaq.evaluation",
     "quantize": "rosaq.pipeline",

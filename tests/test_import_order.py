@@ -73,7 +73,7 @@ MAY_IMPORT = {
         "integrations",
     },
     "conversion": {"config", "ops", "linear", "experts", "checkpoint", "integrations"},
-    "evaluation": {"config", "checkpoint", "linear", "text"},
+    "evaluation": {"config", "checkpoint", "integrations", "linear", "text"},
     "report": {"config", "checkpoint"},
     "doctor": {"_C", "ops", "report"},
     "demo": {"rosaq", "config", "specs", "evaluation", "report"},

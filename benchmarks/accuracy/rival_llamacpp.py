@@ -1,8 +1,9 @@
 """llama.cpp's quantiser with an importance matrix; writes the GGUF file, and a dense float16 directory decoded from it.
 
 Only its shared library is needed (`--library`), with the structures of `llama.h` at release v0.5.0 below. Embeddings
-stay in float16, as every rival here leaves them. Rows are quantised one by one, so the order of a head's rows, which
-llama.cpp permutes for its own rotary embedding, does not matter and is left as it is.
+stay in float16, as every rival here leaves them, unless `--low-bit-head` leaves their type to llama.cpp. Rows are
+quantised one by one, so the order of a head's rows, which llama.cpp permutes for its own rotary embedding, does not
+matter and is left as it is.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ def importance_matrix(model: Path, windows: Tensor) -> dict[str, np.ndarray]:
     return {name: (total / windows.numel()).float().numpy() for name, total in sums.items()}
 
 
-def quantize(library: Path, source: Path, output: Path, ftype: str, importance: dict[str, np.ndarray]) -> None:
+def quantize(
+    library: Path, source: Path, output: Path, ftype: str, importance: dict[str, np.ndarray], low_bit_head: bool
+) -> None:
     llama = ctypes.CDLL(str(library))
     llama.llama_model_quantize_default_params.restype = QuantizeParams
     llama.llama_model_quantize.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(QuantizeParams))
@@ -135,7 +138,8 @@ def quantize(library: Path, source: Path, output: Path, ftype: str, importance: 
         entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     params.nthread = 1
     params.ftype = FTYPES[ftype]
-    params.token_embedding_type = GGML_TYPE_F16
+    if not low_bit_head:
+        params.token_embedding_type = GGML_TYPE_F16
     params.imatrix = entries
     code = llama.llama_model_quantize(str(source).encode(), str(output).encode(), ctypes.byref(params))
     if code != 0:
@@ -165,6 +169,9 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--library", type=Path, required=True, help="libllama of release v0.5.0")
     parser.add_argument("--ftype", choices=tuple(FTYPES), required=True)
+    parser.add_argument(
+        "--low-bit-head", action="store_true", help="the embedding, which is the head, as llama.cpp likes"
+    )
     arguments = parser.parse_args()
 
     arguments.output.mkdir(parents=True)
@@ -173,10 +180,10 @@ def main() -> None:
     # The matrix is the same for every type: keep it beside the calibration tokens it comes from.
     cache = arguments.windows.with_suffix(".imatrix.npz")
     if not cache.is_file():
-        importance = importance_matrix(arguments.model, torch.from_numpy(np.load(arguments.windows)))
-        np.savez(cache, **importance)
+        np.savez(cache, **importance_matrix(arguments.model, torch.from_numpy(np.load(arguments.windows))))
     begin = time.perf_counter()
-    quantize(arguments.library, source, quantised, arguments.ftype, dict(np.load(cache)))
+    importance = dict(np.load(cache))
+    quantize(arguments.library, source, quantised, arguments.ftype, importance, arguments.low_bit_head)
     print(f"quantised in {time.perf_counter() - begin:.0f} s")
     source.unlink()
     write_dense(quantised, arguments.model, arguments.output / "dense")

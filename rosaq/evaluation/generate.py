@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rosaq.evaluation.subject import load_model, load_tokenizer
+from rosaq.integrations.transformers_decoding import compiled_step
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def continue_text(
             pad_token_id=tokenizer.eos_token_id,
             streamer=clock,
             **sampling,
-            **(compiled_step() if compile else {}),
+            **(compiled_step(loaded) if compile else {}),
         )
     start, first, *further = clock.times
     compiled, settled = (further[:1], further[1:]) if compile else ([], further)
@@ -81,16 +82,3 @@ def continue_text(
         token_seconds=(settled[-1] - since) / len(settled) if settled else None,
         compile_seconds=compiled[0] - first if compiled else None,
     )
-
-
-def compiled_step() -> dict[str, Any]:
-    """Arguments of transformers' `generate` that compile the step of one token, with a cache of fixed size.
-
-    It does so by itself on a GPU once the cache is static; a CPU has to be asked for. The prompt runs as it is:
-    compiled for every length anew, it would take longer than it saves.
-    """
-    from transformers import CompileConfig
-
-    how = CompileConfig(fullgraph=True)
-    how._compile_all_devices = True  # type: ignore[assignment]  # transformers declares it as None
-    return {"cache_implementation": "static", "compile_config": how}

@@ -1,0 +1,64 @@
+"""Decoding with a compiled step: transformers' `generate`, a cache of fixed size, and an attention for one query.
+
+On a CPU torch's fused attention takes most of a small model's step: 0.1 ms a layer before the first cached token. As
+plain operations the compiler makes two loops of it, which are as quick as reading the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ATTENTION = "rosaq_single_query"  # the name that transformers knows it by
+_NOT_OURS = ("position_bias", "softcap", "s_aux", "cache")  # what some models' attention takes besides
+
+
+def compiled_step(model: Any) -> dict[str, Any]:
+    """Arguments of `model.generate` that compile the step of one token; `model`'s attention becomes ATTENTION where it
+    was torch's fused one.
+
+    transformers compiles by itself on a GPU once the cache is static; a CPU has to be asked for. The prompt runs as it
+    is: compiled for every length anew, it would take longer than it saves.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig
+    from transformers.masking_utils import sdpa_mask
+
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(ATTENTION, attend)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        model.set_attn_implementation(ATTENTION)
+    how = CompileConfig(fullgraph=True)
+    how._compile_all_devices = True  # type: ignore[assignment]  # transformers declares it as None
+    return {"cache_implementation": "static", "compile_config": how}
+
+
+def attend(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
+) -> tuple[Tensor, None]:
+    """What transformers calls an attention function, for masks as its "sdpa" gets them; that does all but one query of
+    a traced step on the CPU. query [batch, heads, q, d], key and value [batch, kv heads, length, d]."""
+    is_step = query.shape[2] == 1 and query.device.type == "cpu" and torch.compiler.is_compiling()
+    if not is_step or any(how.get(name) is not None for name in _NOT_OURS):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
+    return single_query(query, key, value, attention_mask, how.get("scaling")), None
+
+
+def single_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """Attention of one query, summed in float32: [batch, heads, 1, d] -> [batch, 1, heads, d] in query's dtype.
+
+    mask: true where it may look, or added to the scores, [batch or 1, heads or 1, 1, length]. scaling: 1/sqrt(d) where
+    None.
+    """
+    batch, heads, _, d = query.shape
+    shared = query.reshape(batch, key.shape[1], -1, 1, d)  # heads that read the same keys side by side
+    # Not matmul: for one row it is a call to a library, and bfloat16 sums are rounded to bfloat16.
+    scores = (shared.float() * key.unsqueeze(2)).sum(-1) * (d**-0.5 if scaling is None else scaling)
+    if mask is not None:
+        mask = mask.expand(batch, heads, 1, -1).reshape(scores.shape)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1).unsqueeze(-1)
+    return (weights * value.unsqueeze(2)).sum(-2).reshape(batch, 1, heads, d).to(query.dtype)

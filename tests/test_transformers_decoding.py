@@ -1,0 +1,84 @@
+"""The compiled step of one token: its attention against the definition, whole generations against the plain ones."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from rosaq.integrations import transformers_decoding
+from rosaq.integrations.transformers_decoding import ATTENTION, attend, compiled_step, single_query
+from tests.models import tiny_llama
+from tests.tolerances import assert_as_good_as
+
+BATCH, HEADS, KV_HEADS, LENGTH, D = 2, 6, 2, 37, 16
+
+
+def definition(query, key, value, visible, scaling):
+    """softmax(q k / sqrt(d)) v in float64 -> [batch, 1, heads, d]."""
+    repeat = query.shape[1] // key.shape[1]
+    q, k, v = (t.double() for t in (query, key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)))
+    scores = (q @ k.transpose(-1, -2)) * scaling
+    return (scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+
+
+def some_tensors(dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (BATCH, HEADS, 1, D), (BATCH, KV_HEADS, LENGTH, D), (BATCH, KV_HEADS, LENGTH, D)
+    query, key, value = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    visible = torch.ones(BATCH, 1, 1, LENGTH, dtype=torch.bool)
+    visible[0, ..., 30:] = False  # a cache that is not full
+    visible[1, ..., :5] = False  # padding on the left
+    return query, key, value, visible
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["none", "boolean", "added"])
+@pytest.mark.parametrize("scaling", [None, 0.5])
+def test_single_query_is_attention(dtype, kind, scaling):
+    query, key, value, visible = some_tensors(dtype)
+    if kind == "none":
+        visible = torch.ones_like(visible)
+    mask = {"none": None, "boolean": visible, "added": torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)}[
+        kind
+    ]
+    got = single_query(query, key, value, mask, scaling)
+    plain = scaled_dot_product_attention(query, key, value, visible, scale=scaling, enable_gqa=True).transpose(1, 2)
+    assert_as_good_as(got, plain, definition(query, key, value, visible, D**-0.5 if scaling is None else scaling))
+
+
+def test_a_prompt_is_left_to_transformers():
+    query, key, value, _ = some_tensors(torch.float32)
+    module = torch.nn.Module()
+    module.num_key_value_groups = HEADS // KV_HEADS
+    prompt = query.expand(-1, -1, LENGTH, -1).contiguous()
+    got, _ = attend(module, prompt, key, value, None)
+    causal = scaled_dot_product_attention(prompt, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(got, causal)
+
+
+def test_generate_compiled_takes_it_and_gives_the_same_tokens(monkeypatch):
+    """Two prompts of different lengths, so that the mask hides padding as well as the empty end of the cache."""
+    torch.compiler.reset()
+    model = tiny_llama().eval()
+    ids = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(1))
+    prompts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    prompts["attention_mask"][1, :3] = 0
+    wanted = model.generate(**prompts, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    shapes = []
+
+    def noted(query, *rest):
+        shapes.append(tuple(query.shape[1:]))
+        return single_query(query, *rest)
+
+    monkeypatch.setattr(transformers_decoding, "single_query", noted)
+    found = model.generate(**prompts, max_new_tokens=8, do_sample=False, pad_token_id=0, **compiled_step(model))
+    assert model.config._attn_implementation == ATTENTION
+    heads, d = model.config.num_attention_heads, model.config.hidden_size // model.config.num_attention_heads
+    assert shapes == [(heads, 1, d)] * model.config.num_hidden_layers * 7  # every layer of every token but the first
+    assert found.tolist() == wanted.tolist()
+
+
+def test_an_attention_chosen_by_the_user_stays():
+    model = tiny_llama().eval()
+    model.set_attn_implementation("eager")
+    compiled_step(model)
+    assert model.config._attn_implementation == "eager"
