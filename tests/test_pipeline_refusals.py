@@ -113,7 +113,7 @@ def test_second_moments_that_cannot_be_inverted_name_the_layer(dense, tmp_path, 
     def refuse(*_):
         raise NotPositiveDefiniteError("gram [64, 64] is not positive definite")
 
-    monkeypatch.setattr("rosaq.pipeline.block.quantize_weight", refuse)
+    monkeypatch.setattr("rosaq.pipeline.site.quantize_weight", refuse)
     with pytest.raises(NotPositiveDefiniteError, match=r"^model\.layers\.0\.self_attn\.q_proj: gram \[64, 64\]"):
         quantize(dense, tmp_path / "out", recipe="gptq", **SMALL)
     assert list(tmp_path.iterdir()) == []

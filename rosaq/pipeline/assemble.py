@@ -15,9 +15,9 @@ from torch import Tensor
 from rosaq.checkpoint import write_hashes, write_shards
 from rosaq.config import CheckpointConfig, LinearFormat
 from rosaq.models import Family, config_key
-from rosaq.pipeline.block import LinearReport
 from rosaq.pipeline.plan import Plan
 from rosaq.pipeline.rotations import Rotations
+from rosaq.pipeline.site import LinearReport
 from rosaq.pipeline.source import DenseModel
 from rosaq.pipeline.whole_model import tuned_block_name
 from rosaq.pipeline.workspace import Workspace, block_name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -10,18 +10,12 @@ import torch
 from torch import Tensor
 
 from rosaq.calibrate import BlockModel, importance_summary, token_importance
-from rosaq.config import LinearFormat, SalientKind
+from rosaq.config import LinearFormat
 from rosaq.layout import dense_weight
 from rosaq.models import Family, Site
 from rosaq.pipeline.budget import SiteChoice
 from rosaq.pipeline.moments import SiteMoments
-from rosaq.quantizers import (
-    NotPositiveDefiniteError,
-    energy_index,
-    quantize_in_axes,
-    quantize_weight,
-    quantize_with_basis,
-)
+from rosaq.pipeline.site import SHARED, LinearReport, SitePlan
 from rosaq.rotation import BlockRotations, rotate_blocks
 from rosaq.specs import Recipe
 from rosaq.tuning import TunedBlock, TunedLinear, TuningTokens, tune_block
@@ -29,38 +23,14 @@ from rosaq.tuning import TunedBlock, TunedLinear, TuningTokens, tune_block
 Tensors = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class LinearReport:
-    """One quantised linear. sqnr_db: signal to quantisation noise of its output on the calibration tokens, in dB
-    (of its weights where `measured_on` is "weights": a recipe without calibration)."""
-
-    name: str
-    bits: int
-    num_salient: int
-    bits_per_weight: float
-    sqnr_db: float
-    measured_on: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 def formats(
     recipe: Recipe, model: BlockModel, rotations: BlockRotations, choices: dict[str, SiteChoice]
 ) -> dict[str, LinearFormat]:
     """The format of every linear of a block, by its path inside the block."""
-    quant, sizes = recipe.quant, model.linear_sizes()
-    result: dict[str, LinearFormat] = {}
+    sizes, result = model.linear_sizes(), dict[str, LinearFormat]()
     for site in model.family.sites:
-        bits, count = choices[site.name].bits, choices[site.name].num_salient
-        kind: SalientKind = "basis" if count and recipe.salient.is_basis(site.reads) else "index"
-        fmt = LinearFormat(bits, quant.group_size, quant.symmetric, count, kind)
-        if site.name in rotations.online:
-            size = rotations.online[site.name].shape
-            fmt = replace(fmt, rotation_blocks=size[0], rotation_size=size[1])
-        elif recipe.rotation.is_dense(site.reads):
-            fmt = replace(fmt, rotation_blocks=1, rotation_size=sizes[site.linears[0]][0])
-        result |= dict.fromkeys(site.linears, fmt)
+        plan = SitePlan(site, recipe, choices[site.name], rotations.online.get(site.name))
+        result |= dict.fromkeys(site.linears, plan.format(sizes[site.linears[0]][0]))
     return result
 
 
@@ -80,6 +50,10 @@ class BlockTask:
     @property
     def name(self) -> str:
         return self.model.family.block_prefix(self.index)
+
+    def plan(self, site: Site) -> SitePlan:
+        """Of one of the block's sites."""
+        return SitePlan(site, self.recipe, self.choices[site.name], self.rotations.online.get(site.name))
 
 
 @dataclass(frozen=True)
@@ -131,10 +105,7 @@ def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
         if streams.moments and sites[0].name not in moments.grams:
             moments.measure(current, streams.moments, importance, sites)
         for site in sites:
-            try:
-                made |= _quantize_site(site, task, moments.grams.get(site.name))
-            except NotPositiveDefiniteError as error:
-                raise NotPositiveDefiniteError(f"{task.name}{site.linears[0]}: {error}") from error
+            made |= _quantize_site(site, task, moments.grams.get(site.name))
         for linear in (linear for site in sites for linear in site.linears):
             current[f"{linear}.weight"] = dense_weight(made[linear], fmts[linear])
     gains: Tensors = {}
@@ -142,7 +113,7 @@ def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
         made, gains, loss = _tune(task, streams.quantised, outputs, importance, made, fmts)
     grams = moments.grams
     reports = [
-        _report(task, site, linear, fmts[linear], grams.get(site.name), made[linear])
+        _report(task, site, linear, grams.get(site.name), made[linear])
         for site in model.family.sites
         for linear in site.linears
     ]
@@ -197,42 +168,18 @@ def online(weights: Tensors, family: Family, rotations: BlockRotations) -> Tenso
 
 def _quantize_site(site: Site, task: BlockTask, gram: Tensor | None) -> dict[str, Tensors]:
     """Quantise the linears of a site as one stacked matrix (rows are independent), and cut the result."""
-    rotation, weights = task.rotations.online.get(site.name), task.weights
-    w = torch.cat([weights[f"{linear}.weight"] for linear in site.linears])
-    count = task.choices[site.name].num_salient
-    quant = replace(task.recipe.quant, bits=task.choices[site.name].bits)
-    if task.recipe.rotation.is_dense(site.reads):
-        assert gram is not None
-        tensors = quantize_in_axes(w, gram, quant, count)
-    elif count and task.recipe.salient.is_basis(site.reads):
-        assert gram is not None
-        tensors = quantize_with_basis(w, gram, quant, count)
-    else:
-        index = salient_index(site, gram, task.recipe, count) if count else None
-        tensors = quantize_weight(w, gram, quant, index)
-    if rotation is not None:
-        tensors["rotation"] = rotation
-    shared = ("salient_index", "salient_basis", "rotation")
-    sizes = [weights[f"{linear}.weight"].shape[0] for linear in site.linears]
-    cut = {name: tensor.split(sizes) for name, tensor in tensors.items() if name not in shared}
+    own = [task.weights[f"{linear}.weight"] for linear in site.linears]
+    tensors = task.plan(site).quantize(torch.cat(own), gram, task.name + site.linears[0])
+    cut = {name: tensor.split([len(w) for w in own]) for name, tensor in tensors.items() if name not in SHARED}
     return {
         linear: {name: cut[name][i].clone() if name in cut else tensor for name, tensor in tensors.items()}
         for i, linear in enumerate(site.linears)
     }
 
 
-def salient_index(site: Site, gram: Tensor | None, recipe: Recipe, count: int) -> Tensor:
-    """The channels of a site's input that stay in 16 bits, ascending int64 [count]."""
-    return salient_order(site, gram, recipe, count).sort().values
-
-
-def salient_order(site: Site, gram: Tensor | None, recipe: Recipe, count: int) -> Tensor:
-    """The same channels in the order in which more of them would be kept: of any count, the first ones of this."""
-    if recipe.salient.by == "eigenvalue" and site.reads == "residual" and "pca" in recipe.rotation.residual:
-        return torch.arange(count)  # the folded rotation puts the principal axes first
-    assert gram is not None
-    index = energy_index(gram, count)  # in principal axes of the heads the channel energies are the eigenvalues
-    return index[torch.diagonal(gram)[index].argsort(descending=True, stable=True)]
+def _report(task: BlockTask, site: Site, linear: str, gram: Tensor | None, tensors: Tensors) -> LinearReport:
+    plan, w = task.plan(site), task.weights[f"{linear}.weight"]
+    return plan.report(task.name + linear, tensors, w.numel(), plan.energies(w, tensors, gram), gram)
 
 
 def of_linear(tensors: Tensors, linear: str) -> Tensors:
@@ -242,21 +189,9 @@ def of_linear(tensors: Tensors, linear: str) -> Tensors:
     return own
 
 
-def _report(
-    task: BlockTask, site: Site, linear: str, fmt: LinearFormat, gram: Tensor | None, tensors: Tensors
-) -> LinearReport:
-    w = task.weights[f"{linear}.weight"]
-    is_rotated = not task.recipe.rotation.is_dense(site.reads)  # before the codes were made, and its gram too
-    wide, error = w.double(), (dense_weight(tensors, fmt, rotated=is_rotated) - w).double()
-    if gram is None:
-        signal, noise = wide.square().sum(), error.square().sum()
-    else:
-        signal, noise = ((wide @ gram) * wide).sum(), ((error @ gram) * error).sum()
-    return LinearReport(
-        name=task.name + linear,
-        bits=fmt.bits,
-        num_salient=fmt.num_salient,
-        bits_per_weight=8 * sum(t.nbytes for t in tensors.values()) / w.numel(),
-        sqnr_db=float(10 * torch.log10(signal / noise.clamp_min(1e-300))),
-        measured_on="weights" if gram is None else "outputs",
-    )
+def runnable(tensors: Tensors, fmts: dict[str, LinearFormat]) -> Tensors:
+    """Stored tensors of a block -> the dense float32 weights they stand for, as the block's code wants them."""
+    weights = {f"{name}.weight": dense_weight(of_linear(tensors, name), fmt) for name, fmt in fmts.items()}
+    return weights | {
+        n: t.float() for n, t in tensors.items() if n.rpartition(".")[0] not in fmts or n.endswith(".bias")
+    }

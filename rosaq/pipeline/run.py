@@ -10,21 +10,13 @@ import torch
 from torch import Tensor
 
 from rosaq.calibrate import num_ranks, own_share
-from rosaq.config import LinearFormat
-from rosaq.layout import dense_weight
-from rosaq.pipeline.block import (
-    BlockTask,
-    LinearReport,
-    Streams,
-    of_linear,
-    online,
-    quantize_block,
-)
+from rosaq.pipeline.block import BlockTask, Streams, online, quantize_block, runnable
 from rosaq.pipeline.budget import Choices, SiteChoice, same_everywhere, share_out
 from rosaq.pipeline.memory import release_freed_memory
 from rosaq.pipeline.plan import Plan
 from rosaq.pipeline.probe import MAX_TOKENS, Probe, check_equal
 from rosaq.pipeline.rotations import Rotations, choose_rotations
+from rosaq.pipeline.site import LinearReport
 from rosaq.pipeline.site_facts import measure_sites
 from rosaq.pipeline.source import DenseModel
 from rosaq.pipeline.whole_model import tune_whole_model
@@ -165,7 +157,7 @@ class Run:
         else:
             through_quantised.append(streams.moments)
         if any(through_quantised):
-            quantised = _runnable(stored, self.plan.formats(index))
+            quantised = runnable(stored, self.plan.formats(index))
             for stream in through_quantised:
                 self._through(index, stream, quantised)
 
@@ -244,14 +236,6 @@ class Run:
         batches = own_share(list(self._ids.split(self._spec.batch_size))[:most])
         hidden = self._embed(torch.cat(batches), residual)
         return list(hidden.split([len(batch) for batch in batches]))
-
-
-def _runnable(tensors: Tensors, fmts: dict[str, LinearFormat]) -> Tensors:
-    """Stored tensors of a block -> the dense float32 weights they stand for, as the block's code wants them."""
-    weights = {f"{name}.weight": dense_weight(of_linear(tensors, name), fmt) for name, fmt in fmts.items()}
-    return weights | {
-        n: t.float() for n, t in tensors.items() if n.rpartition(".")[0] not in fmts or n.endswith(".bias")
-    }
 
 
 def _mean_db(reports: list[LinearReport], last: int) -> float:

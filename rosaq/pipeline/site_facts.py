@@ -10,9 +10,10 @@ from torch import Tensor
 
 from rosaq.calibrate import BlockModel, Gram, Tokens, output_sensitivity
 from rosaq.models import Site
-from rosaq.pipeline.block import formats, online, salient_order
+from rosaq.pipeline.block import formats, online
 from rosaq.pipeline.budget import SiteChoice, SiteFacts, spectrum_of, squared_steps
 from rosaq.pipeline.rotations import Rotations
+from rosaq.pipeline.site import salient_order
 from rosaq.rotation import rotate_blocks
 from rosaq.specs import Recipe
 
