@@ -71,10 +71,11 @@ def make_recipe(
     importance: str | None = None,
     target_bits: float | None = None,
     salient_energy: float | None = None,
+    head_bits: int | None = None,
     preset: str = DEFAULT_PRESET,
 ) -> Recipe:
     """The recipe `base` (a name or a recipe of your own) with some of its choices changed; None keeps one (3 bits in
-    groups of 64 for the recipes by name). ValueError for an unknown name or number."""
+    groups of 64 for the recipes by name, the head in 16). ValueError for an unknown name or number."""
     if isinstance(base, str) and base not in RECIPES:
         raise ValueError(f"recipe: got {base!r}, need one of {', '.join(RECIPES)}")
     recipe = RECIPES[base] if isinstance(base, str) else base
@@ -95,7 +96,8 @@ def make_recipe(
         budget = replace(budget, target_bits=target_bits, energy=salient_energy)
     times, steps = preset_of(preset), recipe.tune
     tune = replace(steps, steps=steps.steps * times.steps, model_steps=steps.model_steps * times.model_steps)
-    return replace(recipe, quant=quant, salient=chosen, importance=listened, tune=tune, budget=budget)
+    changed = replace(recipe, quant=quant, salient=chosen, importance=listened, tune=tune, budget=budget)
+    return changed if head_bits is None else replace(changed, head_bits=head_bits)
 
 
 def with_counted_salient(recipe: Recipe, hidden: int) -> Recipe:

@@ -245,12 +245,16 @@ class CalibrationSpec:
                 raise ValueError(f"{name}: got {getattr(self, name)}, need at least 1")
 
 
+HEAD_IN_16_BITS = 16
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A named way from a dense model to a quantised one.
 
     moments   whose tokens the second moments are measured on: "quantised", of the model whose earlier blocks and sites
               are quantised already (as GPTQ does), or "dense", of the original (one forward pass instead of four).
+    head_bits width of the output head's codes, 3 or 4; 16 leaves it alone. No budget counts it or changes it.
     """
 
     name: str
@@ -261,8 +265,11 @@ class Recipe:
     moments: Literal["quantised", "dense"] = "quantised"
     tune: TuneSpec = TuneSpec()
     budget: BudgetSpec = BudgetSpec()
+    head_bits: int = HEAD_IN_16_BITS
 
     def __post_init__(self) -> None:
+        if self.head_bits not in (*SUPPORTED_BITS, HEAD_IN_16_BITS):
+            raise ValueError(f"head_bits: got {self.head_bits}, need one of {(*SUPPORTED_BITS, HEAD_IN_16_BITS)}")
         if not self.budget.is_fixed and self.moments != "dense":
             raise ValueError(f"budget: got one with moments {self.moments!r}, need 'dense' (recipe rosaq-gptq)")
         if self.tunes and self.moments != "dense":
@@ -272,6 +279,11 @@ class Recipe:
         both = [r for r in self.salient.sites if self.rotation.is_dense(r) and self.salient.is_basis(r)]
         if self.salient.count and both:
             raise ValueError(f"salient: got a basis and a dense rotation at sites that read {both}, need one of them")
+
+    @property
+    def quantizes_head(self) -> bool:
+        """True when the output head gets codes."""
+        return self.head_bits != HEAD_IN_16_BITS
 
     @property
     def tunes(self) -> bool:

@@ -112,6 +112,13 @@ class BlockModel:
         linears = {name: block.get_submodule(name) for name in self.family.linears}
         return {name: (int(m.in_features), int(m.out_features)) for name, m in linears.items()}
 
+    def head_size(self) -> tuple[int, int]:
+        """(in_features, out_features) of the output head; ValueError if it has a bias, which nothing here would add."""
+        head: Any = self._model.get_submodule(self.family.head)
+        if head.bias is not None:
+            raise ValueError(f"{self.family.head}: bias: got one of {head.bias.numel()} entries, need a head without")
+        return int(head.in_features), int(head.out_features)
+
     def tensor_names(self) -> list[str]:
         """Names of the tensors of one block, relative to it."""
         return list(self._blocks[0].state_dict())

@@ -111,11 +111,11 @@ class WeightReader:
         """Tensor `name` on the CPU, in the dtype on disk; KeyError naming it if the checkpoint has none."""
         return self._read(name, None)
 
-    def get_entry(self, name: str, index: int) -> Tensor:
+    def get_entry(self, name: str, index: int | slice) -> Tensor:
         """`get(name)[index]`; no more than that is read."""
         return self._read(name, index)
 
-    def _read(self, name: str, index: int | None) -> Tensor:
+    def _read(self, name: str, index: int | slice | None) -> Tensor:
         self._entry(name)
         path = self._files[name]
         try:

@@ -36,6 +36,7 @@ def quantize_command(
     salient_energy: Annotated[
         float | None, typer.Option(help="Directions kept per layer: the fewest that hold this share of the energy.")
     ] = None,
+    head_bits: Annotated[int, typer.Option(help="Of the output head: 3, 4, or 16 to leave it alone.")] = 16,
     importance: Annotated[
         str | None, typer.Option(help=f"Of tokens: {', '.join(STRATEGIES)}. Default: the recipe's.")
     ] = None,
@@ -64,6 +65,7 @@ def quantize_command(
         "importance": importance,
         "target_bits": target_bits,
         "salient_energy": salient_energy,
+        "head_bits": head_bits,
         "force": force,
         "resume": resume,
     }

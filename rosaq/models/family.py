@@ -76,6 +76,11 @@ class Family:
         return tuple(linear for site in self.sites for linear in site.linears)
 
     @property
+    def head_site(self) -> Site:
+        """The output head as a site of its own; it is in no block."""
+        return Site("head", (self.head,), reads="residual", norm=self.final_norm)
+
+    @property
     def gains(self) -> tuple[str, ...]:
         """The weights of the norms that feed the linears of a block, by name."""
         return tuple(sorted({f"{site.norm}.weight" for site in self.sites if site.norm}))

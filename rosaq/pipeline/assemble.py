@@ -15,13 +15,13 @@ from torch import Tensor
 from rosaq.checkpoint import write_hashes, write_shards
 from rosaq.config import CheckpointConfig, LinearFormat
 from rosaq.models import Family, config_key
+from rosaq.pipeline.head import HEAD_STEP, final_gain, head_rows
 from rosaq.pipeline.plan import Plan
-from rosaq.pipeline.rotations import Rotations
 from rosaq.pipeline.site import LinearReport
 from rosaq.pipeline.source import DenseModel
-from rosaq.pipeline.whole_model import tuned_block_name
-from rosaq.pipeline.workspace import Workspace, block_name
-from rosaq.rotation import rotate_rows, unit_gain
+from rosaq.pipeline.whole_model import finished_block
+from rosaq.pipeline.workspace import Workspace
+from rosaq.rotation import rotate_rows
 from rosaq.sharding import Cut, allowed_sizes
 
 LAYERS_FILE = "rosaq_layers.json"
@@ -45,7 +45,7 @@ class Report:
 def write_checkpoint(model: DenseModel, plan: Plan, report: Report, work: Workspace) -> None:
     """Write weights, config, tokenizer files and the per-layer report into the workspace's final directory."""
     final = work.final_directory()
-    write_shards(final, _tensors(model, plan.rotations, work))
+    write_shards(final, _tensors(model, plan, work))
     for pattern in _COPIED:
         for path in model.directory.glob(pattern):
             if path.name not in _NOT_COPIED:
@@ -63,44 +63,45 @@ def write_checkpoint(model: DenseModel, plan: Plan, report: Report, work: Worksp
     write_hashes(final)
 
 
-def _tensors(model: DenseModel, rotations: Rotations, work: Workspace) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: DenseModel, plan: Plan, work: Workspace) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint under its full name, one block in memory at a time."""
-    family, residual = model.blocks.family, rotations.residual
-    gain, rows = model.get(model.final_norm_name), model.get(model.embedding_name)
-    if residual is None:
+    family, rotations = model.blocks.family, plan.rotations
+    rows = model.get(model.embedding_name)
+    if rotations.residual is None:
         yield model.embedding_name, model.to_storage(rows, model.embedding_name)
     else:
-        yield model.embedding_name, model.to_storage(rotate_rows(rows, residual), model.embedding_name)
+        yield model.embedding_name, model.to_storage(rotate_rows(rows, rotations.residual), model.embedding_name)
     for index in range(model.blocks.sizes.num_blocks):
-        saved = work.load(tuned_block_name(index)) or work.load(block_name(index))
+        for name, tensor in sorted(finished_block(work, index).items()):
+            yield family.block_prefix(index) + name, tensor
+    yield model.final_norm_name, model.to_storage(final_gain(model, rotations), model.final_norm_name)
+    if plan.recipe.quantizes_head:
+        saved = work.load(HEAD_STEP)
         assert saved is not None
         for name, tensor in sorted(saved[0].items()):
-            if not name.startswith("probe."):
-                yield family.block_prefix(index) + name, tensor
-    head_name = f"{family.head}.weight"
-    if residual is None:
-        yield model.final_norm_name, model.to_storage(gain, model.final_norm_name)
-        if not model.is_tied:
-            yield head_name, model.to_storage(model.get(model.head_name), head_name)
-    else:
-        yield model.final_norm_name, model.to_storage(unit_gain(gain, family), model.final_norm_name)
-        head = rotate_rows(model.get(model.head_name), residual, gain + family.gain_offset)
-        yield head_name, model.to_storage(head, head_name)
+            yield f"{family.head}.{name}", tensor
+    elif plan.unties_head or not model.is_tied:
+        head_name = f"{family.head}.weight"
+        yield head_name, model.to_storage(head_rows(model, rotations), head_name)
 
 
 def _config(model: DenseModel, plan: Plan) -> dict[str, Any]:
-    """The source's config.json with the quantization_config. Where the residual stream is rotated, the last norm's gain
-    lives in the head, so it is untied from the embedding."""
+    """The source's config.json with the quantization_config."""
     config: dict[str, Any] = json.loads((model.directory / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config["dtype"] = str(model.dtype).removeprefix("torch.")
-    if plan.rotations.residual is not None:
+    if plan.unties_head:
         config["tie_word_embeddings"] = False
     family = plan.model.family
     per_block = [plan.formats(index) for index in range(len(plan.choices))]
     default, overrides = shared_formats(per_block, family)
     sizes = set.intersection(*(set(_tp_sizes(model, fmts)) for fmts in per_block))
-    quantization = CheckpointConfig(default, overrides, (family.head,), plan.recipe.name, tp_sizes=tuple(sorted(sizes)))
+    head = plan.head_format()
+    if head is not None:
+        overrides[family.head] = head
+        sizes &= set(allowed_sizes([(head, *model.blocks.head_size(), "out")]))
+    kept = (family.head,) if head is None else ()
+    quantization = CheckpointConfig(default, overrides, kept, plan.recipe.name, tp_sizes=tuple(sorted(sizes)))
     return config | {"quantization_config": quantization.to_dict()}
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from rosaq.calibrate import BlockModel
 from rosaq.config import LinearFormat
 from rosaq.pipeline.block import formats
-from rosaq.pipeline.budget import Choices
+from rosaq.pipeline.budget import Choices, SiteChoice
 from rosaq.pipeline.rotations import Rotations
+from rosaq.pipeline.site import SitePlan
 from rosaq.specs import Recipe
 
 
@@ -24,3 +25,22 @@ class Plan:
     def formats(self, index: int) -> dict[str, LinearFormat]:
         """Of every linear of block `index`, by its path inside the block."""
         return formats(self.recipe, self.model, self.rotations.of_block(index), self.choices[index])
+
+    @property
+    def unties_head(self) -> bool:
+        """True where the head cannot be the embedding: the last norm's gain is folded into it, because the residual
+        stream is rotated, or it has codes, while the embedding stays in 16 bits."""
+        return self.rotations.residual is not None or self.recipe.quantizes_head
+
+    @property
+    def head(self) -> SitePlan | None:
+        """Of the output head; None where it stays in 16 bits. A budget does not reach it: its width is its own."""
+        if not self.recipe.quantizes_head:
+            return None
+        site, online = self.model.family.head_site, self.rotations.online
+        choice = SiteChoice(self.recipe.head_bits, self.recipe.salient.count_at(site.reads))
+        return SitePlan(site, self.recipe, choice, online.get(site.name))
+
+    def head_format(self) -> LinearFormat | None:
+        """What the head stores; None where it stays in 16 bits."""
+        return None if self.head is None else self.head.format(self.model.sizes.hidden)

@@ -23,8 +23,8 @@ from rosaq.specs import CalibrationSpec, Recipe
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """One step done: stage "axes", "blocks", "tuning" or "write", number of the block or tuning step (from 0) and how
-    many there are, mean SQNR of the block's linears in dB."""
+    """One step done: stage "axes", "blocks", "tuning", "head" or "write", number of the block, tuning step or part of
+    the head (from 0) and how many there are, mean SQNR of the block's linears in dB."""
 
     stage: str
     block: int
@@ -65,6 +65,7 @@ def quantize(
     importance: str | None = None,
     target_bits: float | None = None,
     salient_energy: float | None = None,
+    head_bits: int | None = None,
     preset: str = DEFAULT_PRESET,
     calibration: list[str] | None = None,
     spec: CalibrationSpec | None = None,
@@ -78,6 +79,8 @@ def quantize(
     bits, group_size, symmetric, salient, importance: None keeps the recipe's choice (3 bits in groups of 64).
     target_bits     bits per weight on average: widths and directions are shared out between the sites.
     salient_energy  directions per site by the share of energy they hold.
+    head_bits       3 or 4: the output head gets codes of so many bits and is untied from the embedding, which stays in
+                    16; 16 leaves it alone; None keeps the recipe's choice (16).
     preset          "fast", "default" or "best": how many calibration windows (unless `spec` says so) and tuning steps.
     calibration     documents; None: prose that Python carries.
 
@@ -100,6 +103,7 @@ def quantize(
         importance=importance,
         target_bits=target_bits,
         salient_energy=salient_energy,
+        head_bits=head_bits,
         preset=preset,
     )
     spec = spec or CalibrationSpec(num_sequences=preset_of(preset).num_sequences)
@@ -123,6 +127,7 @@ def quantize(
         run.quantize_blocks()
         run.tune_model()
         error = run.check_logits()
+        run.quantize_head()
         if is_first_rank():
             write_checkpoint(dense, run.plan, Report(run.reports, run.blocks, error, run.divergence), work)
         report("write", dense.blocks.sizes.num_blocks)

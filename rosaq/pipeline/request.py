@@ -48,10 +48,15 @@ def fit_to_family(recipe: Recipe, family: Family) -> Recipe:
 
 def check_formats(model: BlockModel, recipe: Recipe) -> None:
     """Refuse what the recipe cannot do with this model before any work, naming the linear."""
+    quant = recipe.quant
     for name, (k, n) in model.linear_sizes().items():
         site = next(s for s in model.family.sites if name in s.linears)
-        quant, count = recipe.quant, recipe.salient.count_at(site.reads)
+        count = recipe.salient.count_at(site.reads)
         LinearFormat(quant.bits, quant.group_size, quant.symmetric, count).check_sizes(k, n, name)
+    k, n = model.head_size()
+    if recipe.quantizes_head:
+        count = recipe.salient.count_at(model.family.head_site.reads)
+        LinearFormat(recipe.head_bits, quant.group_size, quant.symmetric, count).check_sizes(k, n, model.family.head)
 
 
 def tell_dense_rotations(model: BlockModel, recipe: Recipe) -> None:

@@ -21,7 +21,7 @@ from rosaq.rotation import (
     random_orthogonal,
     shared_hadamard_block,
 )
-from rosaq.specs import Recipe, RotationSpec
+from rosaq.specs import Recipe
 
 _SINK = 256  # times the median energy
 _ONLINE = "online."
@@ -45,7 +45,7 @@ class Spectrum:
 @dataclass(frozen=True)
 class Rotations:
     """residual [d, d] float64, shared by all blocks; values[i] [num_kv_heads, head_dim, head_dim] float64 of block i;
-    online {site name: [1, b, b] float16}, the same in every block. spectrum: None without PCA."""
+    online {site name: [1, b, b] float16}, the same in every block; of the head too. spectrum: None without PCA."""
 
     residual: Tensor | None = None
     values: list[Tensor] | None = None
@@ -110,16 +110,21 @@ def choose_rotations(
     elif spec.values == "pca":
         assert grams is not None
         values = [torch.stack([principal_axes(gram)[1] for gram in block]) for block in grams.values]
-    return Rotations(residual, values, _online_blocks(model, spec), spectrum)
+    return Rotations(residual, values, _online_blocks(model, recipe), spectrum)
 
 
-def _online_blocks(model: DenseModel, spec: RotationSpec) -> dict[str, Tensor]:
+def _online_blocks(model: DenseModel, recipe: Recipe) -> dict[str, Tensor]:
     """{site name: Hadamard block [1, b, b]} where the recipe rotates inputs online. The linears of a site share theirs,
     so the one with the fewest rows decides what it may cost."""
-    wanted = {"residual": spec.residual, "hidden": spec.mlp_out}
-    sizes = model.blocks.linear_sizes()
+    wanted = {"residual": recipe.rotation.residual, "hidden": recipe.rotation.mlp_out}
+    sizes, sites = model.blocks.linear_sizes(), model.blocks.family.sites
+    if recipe.quantizes_head:
+        sizes, sites = (
+            sizes | {model.blocks.family.head: model.blocks.head_size()},
+            (*sites, model.blocks.family.head_site),
+        )
     result = {}
-    for site in model.blocks.family.sites:
+    for site in sites:
         if wanted.get(site.reads) == "hadamard":
             rows = min(sizes[linear][1] for linear in site.linears)
             result[site.name] = shared_hadamard_block(sizes[site.linears[0]][0], rows)

@@ -1,4 +1,5 @@
-"""The stages of a run, in order: rotations, blocks, the model as a whole, the check that rotating changed nothing."""
+"""The stages of a run, in order: rotations, blocks, the model as a whole, the check that rotating changed nothing, the
+output head."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from rosaq.calibrate import num_ranks, own_share
 from rosaq.pipeline.block import BlockTask, Streams, online, quantize_block, runnable
 from rosaq.pipeline.budget import Choices, SiteChoice, same_everywhere, share_out
+from rosaq.pipeline.head import final_gain, head_rows, quantize_head
 from rosaq.pipeline.memory import release_freed_memory
 from rosaq.pipeline.plan import Plan
 from rosaq.pipeline.probe import MAX_TOKENS, Probe, check_equal
@@ -19,9 +21,9 @@ from rosaq.pipeline.rotations import Rotations, choose_rotations
 from rosaq.pipeline.site import LinearReport
 from rosaq.pipeline.site_facts import measure_sites
 from rosaq.pipeline.source import DenseModel
-from rosaq.pipeline.whole_model import tune_whole_model
+from rosaq.pipeline.whole_model import finished_block, tune_whole_model
 from rosaq.pipeline.workspace import Workspace, block_name
-from rosaq.rotation import fold_norms, rotate_block, rotate_rows, unit_gain
+from rosaq.rotation import fold_norms, rotate_block, rotate_rows
 from rosaq.specs import CalibrationSpec, Recipe
 from rosaq.tuning import Predictions
 
@@ -142,6 +144,26 @@ class Run:
         release_freed_memory()
         self._report("tuning", done - 1, total=steps)
 
+    def quantize_head(self) -> None:
+        """The output head, if the recipe says so: last, on what the finished blocks make of the text."""
+        if not self._recipe.quantizes_head:
+            return
+        self._dense_outputs = []  # has served the tuning; the stream of the finished model takes its place
+
+        def progress(done: int, parts: int) -> None:
+            self._report("head", done - 1, total=parts)
+
+        self.reports.append(quantize_head(self._dense, self.plan, self._finished_stream, self._work, progress))
+
+    def _finished_stream(self) -> list[Tensor]:
+        """The calibration text behind the last block, through the blocks as they are stored."""
+        stream = self._stream(self.rotations.residual)
+        for index in range(self._dense.blocks.sizes.num_blocks):
+            stored = finished_block(self._work, index)
+            self._through(index, stream, runnable(stored, self.plan.formats(index)))
+            release_freed_memory()
+        return stream
+
     def _advance(self, index: int, streams: Streams, outputs: list[Tensor], stored: Tensors) -> None:
         """The streams through block `index`: that of the second moments is `outputs` where they are known already."""
         through_quantised = [streams.quantised]
@@ -215,11 +237,7 @@ class Run:
 
     def _final(self) -> tuple[Tensor, Tensor]:
         """Gain [d] of the final norm and head [vocab, d], in the stream that the quantised model runs in."""
-        get, residual, family = self._dense.get, self.rotations.residual, self._dense.blocks.family
-        gain, head = get(self._dense.final_norm_name), get(self._dense.head_name)
-        if residual is None:
-            return gain, head
-        return unit_gain(gain, family), rotate_rows(head, residual, gain + family.gain_offset)
+        return final_gain(self._dense, self.rotations), head_rows(self._dense, self.rotations)
 
     def _embed(self, input_ids: Tensor, residual: Tensor | None) -> Tensor:
         rows = self._dense.get(self._dense.embedding_name)

@@ -64,12 +64,13 @@ class DenseModel:
         # what is not quantised stays in 16 bits; a float32 source becomes float16
         self.dtype = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
 
-    def get(self, name: str) -> Tensor:
-        """One tensor as float32; ValueError naming it if it holds NaN or Inf."""
+    def get(self, name: str, rows: slice | None = None) -> Tensor:
+        """One tensor (or `rows` of it, of one that is no expert's) as float32; ValueError naming it if it holds NaN or
+        Inf."""
         place = self._place(name)
         if place is None:
             raise ValueError(f"model: got no tensor {name!r}, need it")
-        tensor = self._read(*place).float()
+        tensor = (self._read(*place) if rows is None else self.reader.get_entry(place[0], rows)).float()
         if not torch.isfinite(tensor).all():
             raise ValueError(f"weights: {name}: got NaN or Inf, need finite numbers")
         return tensor

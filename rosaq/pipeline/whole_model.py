@@ -22,6 +22,11 @@ def tuned_block_name(index: int) -> str:
     return f"tuned-{index:05d}"
 
 
+def finished_block(work: Workspace, index: int) -> Tensors:
+    """What block `index` stores in the end: as tuned with the whole model, where that was done."""
+    return _saved(work, tuned_block_name(index)) or _block(work, index)
+
+
 def tune_whole_model(
     dense: DenseModel,
     formats: list[dict[str, LinearFormat]],
@@ -52,9 +57,15 @@ def tune_whole_model(
 
 
 def _block(work: Workspace, index: int) -> Tensors:
-    saved = work.load(block_name(index))
+    saved = _saved(work, block_name(index))
     assert saved is not None
-    return {name: tensor for name, tensor in saved[0].items() if not name.startswith("probe.")}
+    return saved
+
+
+def _saved(work: Workspace, step: str) -> Tensors | None:
+    """The tensors of a saved step, without those of the probe; None where it is not finished."""
+    saved = work.load(step)
+    return None if saved is None else {n: t for n, t in saved[0].items() if not n.startswith("probe.")}
 
 
 def _tuned_block(dense: DenseModel, stored: Tensors, formats: dict[str, LinearFormat]) -> TunedBlock:

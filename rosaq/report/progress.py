@@ -20,7 +20,7 @@ from rich.progress import (
 if TYPE_CHECKING:
     from rosaq.pipeline import ProgressEvent
 
-STAGES = {"axes": "finding axes", "blocks": "quantising", "tuning": "tuning", "write": "writing"}
+STAGES = {"axes": "finding axes", "blocks": "quantising", "tuning": "tuning", "head": "head", "write": "writing"}
 
 
 def _bar() -> Progress:
