@@ -22,6 +22,7 @@ from torch import Tensor
 from rosaq.config import LinearFormat, check_bits
 
 BLOCK = 32  # codes that fill whole words
+_ROWS_AT_ONCE = 1024  # every bit takes 8 bytes on the way: all at once for a head of 100,000 rows would be gigabytes
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -34,6 +35,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(f"codes: got shape {tuple(codes.shape)}, need [n, k] with k a multiple of {BLOCK}")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
         raise ValueError(f"codes: got {int(codes.min())} to {int(codes.max())}, need 0 to {2**bits - 1}")
+    return torch.cat([_pack(rows, bits) for rows in codes.split(_ROWS_AT_ONCE)])
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
     code_bits = codes.to(torch.int64).unsqueeze(-1) >> torch.arange(bits, device=codes.device) & 1
     words = code_bits.reshape(codes.size(0), codes.size(1) * bits // 32, 32) << torch.arange(32, device=codes.device)
     unsigned = words.sum(-1)  # 0 to 2**32 - 1; int32 has the same bits
@@ -45,6 +50,10 @@ def unpack(qweight: Tensor, bits: int) -> Tensor:
     check_bits(bits)
     if qweight.dtype != torch.int32 or qweight.dim() != 2 or qweight.size(1) % bits:
         raise ValueError(f"qweight: got {qweight.dtype} {tuple(qweight.shape)}, need int32 [n, k * {bits} / 32]")
+    return torch.cat([_unpack(rows, bits) for rows in qweight.split(_ROWS_AT_ONCE)])
+
+
+def _unpack(qweight: Tensor, bits: int) -> Tensor:
     word_bits = qweight.to(torch.int64).unsqueeze(-1) >> torch.arange(32, device=qweight.device) & 1
     k = qweight.size(1) // bits * BLOCK
     code_bits = word_bits.reshape(qweight.size(0), k, bits) << torch.arange(bits, device=qweight.device)

@@ -94,6 +94,11 @@ class RotationSpec:
         """True where no weight is changed before its site is quantised."""
         return set(self._kinds.values()) <= {"none", "dense"}
 
+    @property
+    def folds_residual(self) -> bool:
+        """True where the residual stream itself is rotated, by weights that have the rotation folded in."""
+        return self.residual in ("random", "pca", "pca-random")
+
     def is_dense(self, reads: str) -> bool:
         """True where the sites that read `reads` rotate their input online by their own principal axes."""
         return self._kinds[reads] == "dense"

@@ -17,7 +17,7 @@ def read_codes(qweight: np.ndarray, bits: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("pack", [layout.pack, ops.pack], ids=["torch", "op"])
-@pytest.mark.parametrize(("n", "k"), [(1, 32), (3, 96), (8, 1024), (0, 32), (2, 0)])
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (3, 96), (8, 1024), (0, 32), (2, 0), (2050, 32)])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_pack_is_a_little_endian_bit_string(bits: int, n: int, k: int, pack: object) -> None:
     codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
@@ -31,7 +31,7 @@ def test_pack_is_a_little_endian_bit_string(bits: int, n: int, k: int, pack: obj
 @pytest.mark.parametrize("unpack", [layout.unpack, ops.unpack], ids=["torch", "op"])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_unpack_inverts_any_words(bits: int, unpack: object) -> None:
-    qweight = torch.randint(-(2**31), 2**31, (5, 6 * bits), dtype=torch.int64).to(torch.int32)
+    qweight = torch.randint(-(2**31), 2**31, (1500, 6 * bits), dtype=torch.int64).to(torch.int32)
     codes = unpack(qweight, bits)  # type: ignore[operator]
     assert np.array_equal(read_codes(qweight.numpy(), bits), codes.numpy())
     assert torch.equal(layout.pack(codes, bits), qweight)

@@ -9,6 +9,7 @@ from rosaq.checkpoint.hashes import HASHES_FILE, file_hash, read_hashes, write_h
 from rosaq.checkpoint.measure import (
     bits_by_tensor,
     bits_per_weight,
+    is_in_block,
     linear_bytes,
     linear_sizes,
     read_config,
@@ -26,6 +27,7 @@ __all__ = [
     "bits_by_tensor",
     "bits_per_weight",
     "file_hash",
+    "is_in_block",
     "linear_bytes",
     "linear_sizes",
     "new_directory",

@@ -66,6 +66,11 @@ def _told(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:
     return "no such tensor" if tensor is None else f"{str(tensor[1]).removeprefix('torch.')} {list(tensor[0])}"
 
 
+def is_in_block(module: str) -> bool:
+    """True for a linear of one of the model's blocks, which have a number in their path: not for the output head."""
+    return any(part.isdecimal() for part in module.split("."))
+
+
 def linear_bytes(reader: WeightReader, config: CheckpointConfig, module: str, size: tuple[int, int]) -> int:
     """Bytes of every tensor but the bias of the quantised linear `module` of size (n, k)."""
     return sum(_bytes_by_tensor(reader, config, module, size).values())
@@ -79,10 +84,11 @@ def _bytes_by_tensor(
 
 
 def bits_by_tensor(directory: str | Path) -> dict[str, float]:
-    """{"qweight": bits stored per weight of the quantised linears, ...} of every tensor but the bias: what
+    """{"qweight": bits stored per weight of the blocks' quantised linears, ...} of every tensor but the bias: what
     `bits_per_weight` is the sum of."""
     config, reader = read_config(directory), WeightReader(directory)
     sizes = linear_sizes(config, reader)
+    sizes = {module: size for module, size in sizes.items() if is_in_block(module)} or sizes
     if not sizes:
         raise ValueError(f"{directory}: got no quantised linear, need tensors named *.qweight")
     stored: Counter[str] = Counter()
@@ -93,7 +99,8 @@ def bits_by_tensor(directory: str | Path) -> dict[str, float]:
 
 
 def bits_per_weight(directory: str | Path) -> float:
-    """Bits stored per weight of the quantised linears: every tensor of theirs but the bias, over the sum of n * k."""
+    """Bits stored per weight of the blocks' quantised linears: every tensor of theirs but the bias, over the sum of
+    n * k. An output head is left out, so that checkpoints with and without codes for it can be compared."""
     return sum(bits_by_tensor(directory).values())
 
 

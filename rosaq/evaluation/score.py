@@ -24,7 +24,7 @@ class EvalResult:
                     models of different vocabularies, as perplexity is not.
     kl, kl_p99      mean and 99th percentile of KL(reference || model) per token, nats; None without a reference.
     top1_agreement  share of tokens where both models' most likely next token is the same.
-    bits_per_weight bits stored per weight of the linears (quantised ones; all but the head of a dense model).
+    bits_per_weight bits stored per weight of the linears but the head (of the quantised ones, where there are any).
     bytes           of all the model's tensors, on disk where it was given as a directory.
     seconds         wall time of this model's forward passes, without loading and without the reference's.
     by_position     the same numbers for tokens that see [start, stop) tokens before them in their window.

@@ -55,12 +55,12 @@ class Subject:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits stored per weight of the linears (quantised ones; all but the head of a dense model)."""
-        quantised = [m for m in self.module.modules() if isinstance(m, RosaqLinear)]
+        """Bits stored per weight of the linears but the head (of the quantised ones, where there are any)."""
+        head = getattr(self.module, "get_output_embeddings", lambda: None)()
+        quantised = [m for m in self.module.modules() if isinstance(m, RosaqLinear) and m is not head]
         if quantised:
             numels = [m.in_features * m.out_features for m in quantised]
             return sum(m.bits_per_weight * n for m, n in zip(quantised, numels, strict=True)) / sum(numels)
-        head = getattr(self.module, "get_output_embeddings", lambda: None)()
         dense = {
             f"{name}.weight": m for name, m in self.module.named_modules() if isinstance(m, nn.Linear) and m is not head
         }

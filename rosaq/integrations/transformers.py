@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rosaq.checkpoint import INDEX_FILE, SINGLE_FILE, WeightReader, linear_sizes
 from rosaq.config import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig
 from rosaq.experts import fused, plan_experts, replace_fused
+from rosaq.integrations.transformers_model import check_untied
 from rosaq.integrations.transformers_rounding import RoundToNearest, check_roundable
 from rosaq.linear import RosaqLinear
 from rosaq.siblings import join_siblings
@@ -90,9 +91,9 @@ class RosaqHfQuantizer(HfQuantizer):
         can_split = self.pre_quantized or hasattr(HfQuantizer, "update_weight_conversions")  # 5.0 has not
         if can_split and all(should_convert_module(path, skip) for path, _ in fused(model)):
             self._has_experts = bool(replace_fused(model))
-        for name, module in list(model.named_modules()):
-            if type(module) is not nn.Linear or not should_convert_module(name, skip):
-                continue
+        linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and should_convert_module(n, skip)}
+        check_untied(model, linears)
+        for name, module in linears.items():
             fmt, bias = config.format_of(name), module.bias is not None
             fmt.check_sizes(module.in_features, module.out_features, name)
             if self.pre_quantized:

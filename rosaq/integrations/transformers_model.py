@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,17 @@ class ModelShape:
         if set(self.cuts) != set(self.linears):
             return ()
         return allowed_sizes((config.format_of(name), k, n, self.cuts[name]) for name, (n, k) in self.linears.items())
+
+
+def check_untied(model: nn.Module, quantised: Collection[str]) -> None:
+    """ValueError if a module of `quantised` shares its weight with another one: codes cannot be an embedding."""
+    for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        for module in (name.removesuffix(".weight") for name in pair):
+            if module in quantised:
+                raise ValueError(
+                    f"tie_word_embeddings: got True and a quantised {module}, need False: the embedding stays in 16 "
+                    "bits beside it; or name it in modules_to_not_convert where it has no codes"
+                )
 
 
 def dense_model(values: dict[str, Any]) -> nn.Module:

@@ -21,7 +21,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from rosaq.checkpoint import WeightReader, linear_sizes
 from rosaq.config import QUANT_METHOD, CheckpointConfig
-from rosaq.integrations.vllm_linear import FusedLinear, Part
+from rosaq.integrations.vllm_linear import FusedLinear, Part, check_head, head_refusal
 
 TENSORS = ("qweight", "scales", "zeros", "salient_weight", "salient_index", "salient_basis", "rotation")
 
@@ -52,10 +52,11 @@ class RosaqVllmConfig(QuantizationConfig):  # type: ignore[misc]
         return cls(CheckpointConfig.from_dict(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Refuse files that are not what config.json says, before any engine starts; for a model in a directory."""
+        """Refuse files that are not what config.json says, and a quantised head, before any engine starts; for a model
+        in a directory."""
         del hf_config, revision
         if Path(model_name).is_dir():
-            linear_sizes(self.checkpoint, WeightReader(model_name))
+            check_head(linear_sizes(self.checkpoint, WeightReader(model_name)))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         checkpoint = self.checkpoint
@@ -84,10 +85,7 @@ class RosaqVllmConfig(QuantizationConfig):  # type: ignore[misc]
                 "or `rosaq convert DIR -o OUT --to dense`"
             )
         if not is_linear:
-            raise NotImplementedError(
-                f"{prefix}: got a {type(layer).__name__}, need a linear layer: "
-                "name it in modules_to_not_convert and keep it in 16 bits"
-            )
+            raise head_refusal(prefix)
         return RosaqLinearMethod(self.checkpoint, prefix, names)
 
     def names_of(self, prefix: str) -> list[str]:

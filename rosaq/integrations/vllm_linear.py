@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from rosaq.checkpoint import is_in_block
 from rosaq.config import LinearFormat
 from rosaq.linear import RosaqLinear, check_index
 from rosaq.sharding import Piece, check_cut, cut_dim, shard_format, take_salient
@@ -16,6 +18,21 @@ from rosaq.sharding import Piece, check_cut, cut_dim, shard_format, take_salient
 SHARED = ("salient_index", "salient_basis", "rotation")
 ROWS = ("qweight", "scales", "zeros", "salient_weight")
 _SHARD_IDS = {"q": 0, "k": 1, "v": 2}
+
+
+def head_refusal(name: str) -> NotImplementedError:
+    """What to say of a quantised output head `name`: engines have layers of their own there, which know no codes."""
+    return NotImplementedError(
+        f"{name}: got a quantised output head, need one in 16 bits for vLLM: quantise with --head-bits 16, run this "
+        "checkpoint with transformers, or `rosaq convert DIR -o OUT --to dense`"
+    )
+
+
+def check_head(modules: Iterable[str]) -> None:
+    """Raise `head_refusal` if the output head is among the quantised `modules`."""
+    for name in modules:
+        if not is_in_block(name):
+            raise head_refusal(name)
 
 
 @dataclass

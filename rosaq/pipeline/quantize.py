@@ -13,7 +13,14 @@ from typing import Any
 from rosaq.calibrate import is_first_rank
 from rosaq.checkpoint import bits_by_tensor, total_bytes
 from rosaq.pipeline.assemble import Report, write_checkpoint
-from rosaq.pipeline.request import calibration_windows, check_formats, fit_to_family, request_of, tell_dense_rotations
+from rosaq.pipeline.request import (
+    calibration_windows,
+    check_formats,
+    fit_to_family,
+    request_of,
+    tell_dense_rotations,
+    tell_untied_head,
+)
 from rosaq.pipeline.run import Run
 from rosaq.pipeline.source import DenseModel, local_directory
 from rosaq.pipeline.workspace import Workspace, check_output
@@ -37,12 +44,14 @@ class ProgressEvent:
 class QuantizeResult:
     """What a run made. rotation_error: largest logit difference between the dense and the folded and rotated model,
     relative to the largest logit (None where nothing was rotated). bytes: all tensors of the checkpoint.
-    bits_by_tensor: what bits_per_weight is the sum of, {"qweight": bits, "scales": bits, ...}."""
+    bits_per_weight: stored for the blocks' linears; bits_by_tensor: what it is the sum of, {"qweight": bits, "scales":
+    bits, ...}. head_bits_per_weight: stored for the output head, None where it stays in 16 bits."""
 
     output: str
     recipe: str
     bits_per_weight: float
     bits_by_tensor: dict[str, float]
+    head_bits_per_weight: float | None
     bytes: int
     seconds: float
     rotation_error: float | None
@@ -112,6 +121,7 @@ def quantize(
     chosen = fit_to_family(with_counted_salient(chosen, dense.blocks.sizes.hidden), dense.blocks.family)
     check_formats(dense.blocks, chosen)
     tell_dense_rotations(dense.blocks, chosen)
+    tell_untied_head(dense, chosen)
     input_ids = calibration_windows(dense, calibration, spec)
     work = Workspace(output, request_of(dense, chosen, spec, input_ids), force=force, resume=resume)
 
@@ -142,6 +152,7 @@ def quantize(
         recipe=chosen.name,
         bits_per_weight=sum(stored.values()),
         bits_by_tensor=stored,
+        head_bits_per_weight=run.reports[-1].bits_per_weight if chosen.quantizes_head else None,
         bytes=total_bytes(output),
         seconds=time.monotonic() - started,
         rotation_error=error,

@@ -31,7 +31,7 @@ def fit_to_family(recipe: Recipe, family: Family) -> Recipe:
     Hadamard block.
     """
     rotation, salient = recipe.rotation, recipe.salient
-    if not family.is_post_normed or rotation.residual in ("none", "hadamard", "dense"):
+    if not family.is_post_normed or not rotation.folds_residual:
         return recipe
     online: Literal["none", "hadamard"] = "none" if rotation.residual == "pca" else "hadamard"
     if salient.count and salient.by == "eigenvalue":
@@ -75,6 +75,19 @@ def tell_dense_rotations(model: BlockModel, recipe: Recipe) -> None:
         UserWarning,
         stacklevel=3,
     )
+
+
+def tell_untied_head(dense: DenseModel, recipe: Recipe) -> None:
+    """Warn where codes for the head make the checkpoint larger: it was the embedding, which stays in 16 bits."""
+    if recipe.quantizes_head and dense.is_tied and not recipe.rotation.folds_residual:
+        k, n = dense.blocks.head_size()
+        warnings.warn(
+            f"head_bits: got {recipe.head_bits} for a head [{n}, {k}] tied to the embedding, which stays in 16 bits: "
+            f"the codes come on top, {n * k * recipe.head_bits / 8e6:.1f} MB of them; need 16 where size counts, or a "
+            "recipe that rotates the residual stream, which unties them anyway",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def calibration_windows(dense: DenseModel, calibration: list[str] | None, spec: CalibrationSpec) -> Tensor:

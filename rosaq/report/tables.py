@@ -177,7 +177,7 @@ def config_table(config: CheckpointConfig, bits_by_tensor: Mapping[str, float], 
         table.add_row(name, describe_format(fmt))
     table.add_row("tensor parallel sizes", ", ".join(map(str, config.tp_sizes)) or "not recorded")
     table.add_row("not converted", ", ".join(config.modules_to_not_convert) or "-")
-    table.add_row("bits/weight of linears", describe_bits(bits_by_tensor))
+    table.add_row("bits/weight of the blocks", describe_bits(bits_by_tensor))
     table.add_row("all tensors", format_bytes(total_bytes))
     return table
 
@@ -221,8 +221,10 @@ def quantize_table(result: Mapping[str, Any]) -> Table:
     table.add_column("value", overflow="fold")
     table.add_row("output", str(result["output"]))
     table.add_row("recipe", result["recipe"])
-    table.add_row("bits/weight of linears", describe_bits(result["bits_by_tensor"]))
+    table.add_row("bits/weight of the blocks", describe_bits(result["bits_by_tensor"]))
     table.add_row("all tensors", format_bytes(result["bytes"]))
+    if result["head_bits_per_weight"] is not None:
+        table.add_row("bits/weight of the head", f"{result['head_bits_per_weight']:.3f}")
     if result["rotation_error"] is not None:
         table.add_row("rotation error of logits", f"{result['rotation_error']:.1e} of the largest")
     worst = min(result["layers"], key=lambda layer: layer["sqnr_db"], default=None)

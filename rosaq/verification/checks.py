@@ -110,10 +110,12 @@ def _check_hashes(directory: Path) -> Check:
 def _check_model(directory: Path, config: CheckpointConfig, reader: WeightReader, sizes: Sizes) -> Iterator[Check]:
     """The checkpoint against the model that config.json describes: every tensor of it, and no other."""
     # transformers is only needed here, and slow to import.
-    from rosaq.integrations.transformers_model import ModelShape, dense_model
+    from rosaq.integrations.transformers_model import ModelShape, check_untied, dense_model
 
     try:
-        shape = ModelShape.of(dense_model(read_json(directory / "config.json")), config)
+        model = dense_model(read_json(directory / "config.json"))
+        check_untied(model, sizes)
+        shape = ModelShape.of(model, config)
     except (ValueError, OSError, KeyError) as error:
         yield Check("model", "failed", str(error))
         return
