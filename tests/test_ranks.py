@@ -47,13 +47,15 @@ def reports(*directories):
 
 
 def test_two_ranks_give_the_codes_of_one_process(dense, text, tmp_path):
-    done = request(dense, tmp_path / "two", text, "--salient", "2", "--preset", "fast")
+    done = request(dense, tmp_path / "two", text, "--salient", "2", "--preset", "fast", "--head-bits", "4")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("compare it with the original") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
-    quantize(dense, tmp_path / "one", salient=2, group_size=32, preset="fast", calibration=TEXT, spec=SPEC)
+    alone = {"salient": 2, "group_size": 32, "preset": "fast", "head_bits": 4}
+    quantize(dense, tmp_path / "one", calibration=TEXT, spec=SPEC, **alone)
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     assert ours.keys() == theirs.keys()
+    assert "lm_head.qweight" in ours
     for name in ours:
         if name.endswith(("qweight", "zeros", "salient_index", "rotation")):
             assert torch.equal(ours[name], theirs[name]), name
