@@ -23,7 +23,7 @@ from rosaq.linear import RosaqLinear
 from rosaq.pipeline import quantize
 from rosaq.report.inspect import linears_by_kind
 from rosaq.verification import verify
-from tests.families import save_family, tiny_family
+from tests.families import CHANGES, save_family, tiny_family
 from tests.models import SMALL, TEXT, save_dense, tiny_llama, vandalise
 from tests.test_transformers_parallel import run_ranks
 from tests.tolerances import assert_as_good_as, assert_same_function
@@ -80,6 +80,19 @@ def test_the_head_is_a_packed_linear_that_computes_what_its_dense_twin_does(chec
     assert type(twin.dequantize(torch.float64).lm_head) is torch.nn.Linear
     exact, plain = logits_of(twin.double()), logits_of(load(checkpoint).dequantize(dtype).to(dtype))
     assert_as_good_as(logits_of(model), plain, exact)
+
+
+@pytest.mark.filterwarnings("ignore:.*got fewer tokens than their:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*got a recipe that rotates the residual stream:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*codes come on top:UserWarning")
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_family_runs_with_a_quantised_head(name, tmp_path):
+    source = save_family(tmp_path / "dense", tiny_family(name, vocab_size=VOCAB))
+    quantize(source, tmp_path / "out", preset="fast", bits=4, head_bits=4, salient=2, **SMALL)
+    model, want = load(tmp_path / "out"), logits_of(load(source))
+    assert isinstance(model.get_output_embeddings(), RosaqLinear)
+    assert torch.cosine_similarity(logits_of(model).flatten(), want.flatten(), dim=0) > 0.95
+    assert {check.status for check in verify(tmp_path / "out", sample=1).checks} == {"ok"}
 
 
 def test_it_generates_with_and_without_a_cache(checkpoint):

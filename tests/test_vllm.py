@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rosaq.config import LinearFormat
-from tests.models import save_rosaq, tiny_llama, vandalise
+from rosaq.pipeline import quantize
+from tests.models import SMALL, save_dense, save_rosaq, tiny_llama, vandalise
 from tests.tolerances import LOGPROB
 
 pytestmark = [
@@ -105,6 +106,14 @@ def test_missing_tensor_stops_the_engine(checkpoint, tmp_path):
     done = run_engine(damaged, tmp_path / "answer.json", 1)
     assert done.returncode != 0
     assert "model.layers.0.self_attn.k_proj.scales: got no such tensor" in done.stderr + done.stdout
+
+
+def test_a_quantised_head_stops_the_engine(tmp_path):
+    source = save_dense(tmp_path / "dense", tiny_llama(**SIZES))
+    quantize(source, tmp_path / "model", recipe="rtn", head_bits=4, **SMALL)
+    done = run_engine(tmp_path / "model", tmp_path / "answer.json", 1)
+    assert done.returncode != 0
+    assert "lm_head: got a quantised output head, need one in 16 bits for vLLM" in done.stderr + done.stdout
 
 
 def test_number_of_ranks_that_does_not_divide_stops_the_engine(tmp_path):
