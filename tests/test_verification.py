@@ -45,9 +45,12 @@ def test_sound_checkpoint_passes(checkpoint):
     assert set(status) == {"config", "files", "tensors", "model", "tensor parallel", "numbers", "results"}
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "rosaq", "rosaq-gptq"])
-def test_what_rosaq_writes_is_sound_and_hashed(tmp_path, recipe):
-    rosaq.quantize(save_dense(tmp_path / "dense"), tmp_path / "out", recipe=recipe, bits=3, **SMALL)
+@pytest.mark.parametrize(
+    ("recipe", "symmetric"), [("rtn", False), ("rtn", True), ("rosaq", False), ("rosaq-gptq", False), ("gptq", True)]
+)
+def test_what_rosaq_writes_is_sound_and_hashed(tmp_path, recipe, symmetric):
+    dense = save_dense(tmp_path / "dense")
+    rosaq.quantize(dense, tmp_path / "out", recipe=recipe, bits=3, symmetric=symmetric, **SMALL)
     verdict = verify(tmp_path / "out", sample=14)
     assert {check.status for check in verdict.checks} == {"ok"}, verdict.checks
     assert rosaq.read_config(tmp_path / "out").tp_sizes == (1, 2)

@@ -31,8 +31,8 @@ def value_problem(tensors: dict[str, Tensor], fmt: LinearFormat, in_features: in
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             return f"{key}: got {int((~torch.isfinite(tensor)).sum())} NaN or Inf, need finite numbers"
-    if (tensors["scales"] < 0).any():
-        return f"scales: got {float(tensors['scales'].min())}, need no negative step"
+    if not fmt.symmetric and (tensors["scales"] < 0).any():  # a symmetric grid's sign says where its extra level is
+        return f"scales: got {float(tensors['scales'].min())}, need no negative step beside zero points"
     if "rotation" in tensors:
         rotation = tensors["rotation"].double()
         worst = float((rotation @ rotation.mT - torch.eye(fmt.rotation_size, dtype=torch.float64)).abs().max())
