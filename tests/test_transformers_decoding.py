@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
 
-from rosaq.integrations import transformers_decoding
 from rosaq.integrations.transformers_decoding import ATTENTION, attend, compiled_step, single_query
-from tests.models import tiny_llama
+from tests.families import tiny_family
 from tests.tolerances import assert_as_good_as
 
 BATCH, HEADS, KV_HEADS, LENGTH, D = 2, 6, 2, 37, 16
@@ -55,30 +55,29 @@ def test_a_prompt_is_left_to_transformers():
     torch.testing.assert_close(got, causal)
 
 
-def test_generate_compiled_takes_it_and_gives_the_same_tokens(monkeypatch):
-    """Two prompts of different lengths, so that the mask hides padding as well as the empty end of the cache."""
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_generate_compiled_takes_it_and_gives_the_same_tokens(family):
+    """Two prompts of different lengths, so that the mask hides padding as well as the empty end of the cache; Gemma has
+    layers with a sliding window besides, which the text outgrows."""
     torch.compiler.reset()
-    model = tiny_llama().eval()
+    model = tiny_family(family)
+    model.generation_config.eos_token_id = None
     ids = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(1))
     prompts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     prompts["attention_mask"][1, :3] = 0
-    wanted = model.generate(**prompts, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    shapes = []
-
-    def noted(query, *rest):
-        shapes.append(tuple(query.shape[1:]))
-        return single_query(query, *rest)
-
-    monkeypatch.setattr(transformers_decoding, "single_query", noted)
-    found = model.generate(**prompts, max_new_tokens=8, do_sample=False, pad_token_id=0, **compiled_step(model))
+    length = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(**prompts, **length)
+    model.generate(**prompts, **length, **compiled_step(model))  # compiles
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        found = model.generate(**prompts, **length, **compiled_step(model))
     assert model.config._attn_implementation == ATTENTION
-    heads, d = model.config.num_attention_heads, model.config.hidden_size // model.config.num_attention_heads
-    assert shapes == [(heads, 1, d)] * model.config.num_hidden_layers * 7  # every layer of every token but the first
+    fused = [event for event in seen.events() if event.name == "aten::scaled_dot_product_attention"]
+    assert len(fused) == model.config.num_hidden_layers  # of the prompt alone
     assert found.tolist() == wanted.tolist()
 
 
 def test_an_attention_chosen_by_the_user_stays():
-    model = tiny_llama().eval()
+    model = tiny_family("llama")
     model.set_attn_implementation("eager")
     compiled_step(model)
     assert model.config._attn_implementation == "eager"
