@@ -1,4 +1,4 @@
-"""The ops of rosaq: thin documented wrappers over `torch.ops.rosaq.*`, and their fakes for tracing.
+"""The ops of rosaq: thin documented wrappers over `torch.ops.rosaq.*` (their fakes for tracing: `rosaq/fakes.py`).
 
 m tokens, n out_features, k in_features, r salient directions, g groups per row. Errors from the ops are RuntimeError
 and name the op, the argument, what it got and what it needs. The ops are for inference: they have no gradient.
@@ -6,12 +6,8 @@ and name the op, the argument, what it got and what it needs. The ops are for in
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-
-from rosaq.config import SUPPORTED_BITS
 
 try:
     from rosaq import _C as _C
@@ -21,11 +17,11 @@ except ImportError as error:
         f"or `pip install -e . --no-build-isolation` to develop. The loader said: {error}"
     ) from error
 
+from rosaq.fakes import MAX_WEIGHTS as MAX_WEIGHTS
+
 MIN_CAPABILITY = (8, 0)
-MAX_WEIGHTS = 8  # of one fused_gemms; kMaxWeights in csrc/cpu/gemm.h
 # Looked up once: they are called for every layer of every token.
 _fused_gemm, _fused_gemms = torch.ops.rosaq.fused_gemm.default, torch.ops.rosaq.fused_gemms.default
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def check_device(device: torch.device) -> None:
@@ -162,149 +158,3 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(qweight: Tensor, bits: int) -> Tensor:
     """qweight int32 [n, k*bits/32] -> codes uint8 [n, k]; inverse of `pack`."""
     return torch.ops.rosaq.unpack.default(qweight, bits)  # type: ignore[no-any-return]
-
-
-# --- fakes: the shape contracts again, for torch.compile and friends -----------------------------------------------
-
-
-def _need(ok: bool | torch.SymBool, message: str) -> None:
-    torch._check(ok, lambda: message)
-
-
-def _check_bits(op: str, bits: int) -> None:
-    _need(bits in SUPPORTED_BITS, f"rosaq::{op}: bits: got {bits}, need one of {SUPPORTED_BITS}")
-
-
-def _shape(t: Tensor) -> str:
-    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
-
-
-def _fake_prepack(qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
-    k = _fake_unpack(qweight, bits, op="prepack").size(1)
-    n, groups = qweight.size(0), scales.size(-1)
-    _need(
-        scales.dim() == 2 and scales.size(0) == n and groups > 0 and k % groups == 0,
-        f"rosaq::prepack: scales: got {_shape(scales)}, need [{n}, k / group_size]",
-    )
-    if zeros is not None:
-        _need(
-            zeros.dtype == torch.uint8 and zeros.shape == scales.shape,
-            f"rosaq::prepack: zeros: got {_shape(zeros)}, need uint8 {list(scales.shape)}",
-        )
-    packed_bytes = _C.packed_bytes(
-        int(n),
-        int(k),
-        bits,
-        int(k // groups),
-        zeros is None,
-        cuda=qweight.device.type == "cuda",
-        bf16_scales=scales.dtype == torch.bfloat16,
-    )
-    return qweight.new_empty(packed_bytes, dtype=torch.uint8)
-
-
-def _fake_unprepack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    raise NotImplementedError(
-        f"rosaq::unprepack: packed: got a fake tensor {_shape(packed)}, need a real one: "
-        "the output shapes are in its bytes, so the op cannot be traced"
-    )
-
-
-def _fake_fused_gemm(
-    x: Tensor,
-    packed: Tensor,
-    salient_weight: Tensor | None,
-    salient_index: Tensor | None,
-    salient_basis: Tensor | None,
-    rotation: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    bits: int,
-    group_size: int,
-    symmetric: bool,  # noqa: ARG001  (a fake has the arguments of its op)
-) -> Tensor:
-    op = "rosaq::fused_gemm"
-    _check_bits("fused_gemm", bits)
-    _need(group_size == -1 or group_size >= 32, f"{op}: group_size: got {group_size}, need 32 or more, or -1")
-    _need(x.dtype in _FLOATS and x.dim() >= 1, f"{op}: x: got {_shape(x)}, need a 16 or 32-bit float [..., k]")
-    _need(packed.dtype == torch.uint8 and packed.dim() == 1, f"{op}: packed: got {_shape(packed)}, need uint8, 1-D")
-    if salient_weight is not None:
-        one_of_two = (salient_index is None) != (salient_basis is None)
-        _need(one_of_two, f"{op}: salient_weight: need exactly one of salient_index and salient_basis")
-        fits = salient_weight.dim() == 2 and salient_weight.size(0) == out_features
-        _need(fits, f"{op}: salient_weight: got {_shape(salient_weight)}, need [{out_features}, r]")
-    if rotation is not None:
-        square = rotation.dim() == 3 and rotation.size(1) == rotation.size(2)
-        _need(square, f"{op}: rotation: got {_shape(rotation)}, need [B, b, b]")
-    if bias is not None:
-        _need(
-            bias.dim() == 1 and bias.size(0) == out_features, f"{op}: bias: got {_shape(bias)}, need [{out_features}]"
-        )
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-def _fake_fused_gemms(
-    x: Tensor,
-    packed: list[Tensor],
-    salient_weights: list[Tensor],
-    salient_index: Tensor | None,
-    salient_basis: Tensor | None,
-    rotation: Tensor | None,
-    biases: list[Tensor],
-    out_features: list[int],
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-) -> list[Tensor]:
-    op, count = "rosaq::fused_gemms", len(packed)
-    _need(1 <= count <= MAX_WEIGHTS, f"{op}: packed: got {count} weights, need 1 to {MAX_WEIGHTS}")
-    _need(len(out_features) == count, f"{op}: out_features: got {len(out_features)}, need {count}, one for each weight")
-    for name, tensors in (("salient_weights", salient_weights), ("biases", biases)):
-        fits = len(tensors) in (0, count)
-        _need(fits, f"{op}: {name}: got {len(tensors)}, need none or {count}, one for each weight")
-    return [
-        _fake_fused_gemm(
-            x,
-            packed[i],
-            salient_weights[i] if salient_weights else None,
-            salient_index,
-            salient_basis,
-            rotation,
-            biases[i] if biases else None,
-            out_features[i],
-            bits,
-            group_size,
-            symmetric,
-        )
-        for i in range(count)
-    ]
-
-
-def _fake_pack(codes: Tensor, bits: int) -> Tensor:
-    _check_bits("pack", bits)
-    _need(
-        codes.dtype == torch.uint8 and codes.dim() == 2 and codes.size(1) % 32 == 0,
-        f"rosaq::pack: codes: got {_shape(codes)}, need uint8 [n, k] with k a multiple of 32",
-    )
-    return codes.new_empty((codes.size(0), codes.size(1) // 32 * bits), dtype=torch.int32)
-
-
-def _fake_unpack(qweight: Tensor, bits: int, op: str = "unpack") -> Tensor:
-    _check_bits(op, bits)
-    _need(
-        qweight.dtype == torch.int32 and qweight.dim() == 2 and qweight.size(1) % bits == 0,
-        f"rosaq::{op}: qweight: got {_shape(qweight)}, need int32 [n, k * bits / 32]",
-    )
-    return qweight.new_empty((qweight.size(0), qweight.size(1) // bits * 32), dtype=torch.uint8)
-
-
-_FAKES: dict[str, Callable[..., object]] = {
-    "prepack": _fake_prepack,
-    "unprepack": _fake_unprepack,
-    "fused_gemm": _fake_fused_gemm,
-    "fused_gemms": _fake_fused_gemms,
-    "pack": _fake_pack,
-    "unpack": _fake_unpack,
-}
-for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"rosaq::{_name}", _fake)

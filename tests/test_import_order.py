@@ -13,7 +13,7 @@ from tests.models import save_rosaq
 
 PACKAGE = Path(rosaq.__file__).parent
 SHARED = {"config", "specs", "layout"}
-RUN_TIME = {"reference", "ops", "sharding", "linear", "siblings", "experts", "checkpoint", "integrations"}
+RUN_TIME = {"reference", "ops", "fakes", "sharding", "linear", "siblings", "experts", "checkpoint", "integrations"}
 OFFLINE = {"models", "rotation", "calibrate", "quantizers", "tuning", "pipeline", "recipes"}
 BESIDE = {
     "text",
@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "specs": {"config"},
     "layout": {"config"},
     "reference": {"config", "layout"},
-    "ops": {"config", "_C"},
+    "ops": {"config", "_C", "fakes"},
+    "fakes": {"config", "_C"},
     "sharding": {"config"},
     "linear": {"config", "specs", "layout", "ops", "sharding"},
     "siblings": {"ops", "linear"},
