@@ -113,7 +113,7 @@ def test_the_loaded_model_is_the_dense_model_of_the_stored_tensors(name, made, d
     assert rosaq.verify(output).is_sound
     for block in json.loads((output / "rosaq_layers.json").read_text())["blocks"]:
         before, after = block["tuned"]
-        assert 0 < after < before
+        assert 0 < after <= before  # equal where it was left alone: a mixture's router may send tokens elsewhere
     # through transformers' own 3-D experts, for a mixture
     rosaq.convert(output, tmp_path / "plain", to="dense", dtype="float32")
     plain = load(tmp_path / "plain")

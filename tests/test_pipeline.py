@@ -313,3 +313,24 @@ def test_passes_in_bfloat16_round_products_only(dense, monkeypatch):
     assert rounded.dtype == torch.float32  # as the residual stream stays
     assert 0 < error < 2**-7
     assert torch.equal(source.blocks.run(0, weights, hidden), exact)
+
+
+def test_tuning_that_makes_a_block_worse_is_not_kept(dense, tmp_path, monkeypatch):
+    recipe = make_recipe("rosaq-gptq", salient=4, group_size=32)
+    alone, tuned = (replace(recipe, tune=replace(recipe.tune, steps=steps, model_steps=0)) for steps in (0, 4))
+
+    @torch.no_grad()
+    def worsen(_model, _index, block, *_rest):
+        for linear in block.linears.values():
+            linear.stretch += 1
+        return 1.0, 2.0
+
+    quantize(dense, tmp_path / "alone", recipe=alone, **SMALL)
+    monkeypatch.setattr("rosaq.pipeline.block.tune_block", worsen)
+    with pytest.warns(UserWarning, match="model.layers.1: tuning raised its loss from 1 to 2: it stays as it was"):
+        quantize(dense, tmp_path / "tuned", recipe=tuned, **SMALL)
+    layers = json.loads((tmp_path / "tuned" / "rosaq_layers.json").read_text())
+    assert [block["tuned"] for block in layers["blocks"]] == [[1.0, 1.0]] * 2
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "alone"))
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []

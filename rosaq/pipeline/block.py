@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -140,7 +141,8 @@ def _tune(
     made: dict[str, Tensors],
     fmts: dict[str, LinearFormat],
 ) -> tuple[dict[str, Tensors], Tensors, tuple[float, float]]:
-    """(what each linear stores, the norms' gains as stored, loss before and after) of the tuned block."""
+    """(what each linear stores, the norms' gains as stored, loss before and after) of the tuned block; it stays as it
+    was, with a warning, where that made it worse: a few steps on few tokens can."""
     model, spec = task.model, task.recipe.tune
     inputs = torch.cat(stream)
     weight = None if importance[0] is None else torch.cat([w for w in importance if w is not None])
@@ -150,9 +152,15 @@ def _tune(
     others = {n: t for n, t in task.weights.items() if n not in gains and n.removesuffix(".weight") not in linears}
     block = TunedBlock(linears, gains, others, task.dtype, gain_offset=model.family.gain_offset)
     tokens = TuningTokens(inputs, torch.cat(targets), weight)
-    loss = tune_block(model, task.index, block, tokens, spec, task.seed * 2**16 + task.index)
+    before, after = tune_block(model, task.index, block, tokens, spec, task.seed * 2**16 + task.index)
+    if after > before:
+        warnings.warn(
+            f"{task.name[:-1]}: tuning raised its loss from {before:.3g} to {after:.3g}: it stays as it was",
+            stacklevel=2,
+        )
+        return made, {}, (before, before)
     tuned = {name: linear.stored() for name, linear in linears.items()}
-    return tuned, {name: gain.detach().to(task.dtype) for name, gain in block.gains().items()}, loss
+    return tuned, {name: gain.detach().to(task.dtype) for name, gain in block.gains().items()}, (before, after)
 
 
 def online(weights: Tensors, family: Family, rotations: BlockRotations) -> Tensors:
