@@ -1,7 +1,7 @@
 """Decoding with a compiled step: transformers' `generate`, a cache of fixed size, and an attention for one query.
 
-On a CPU torch's fused attention takes most of a small model's step: 0.1 ms a layer before the first cached token. As
-plain operations the compiler makes two loops of it, which are as quick as reading the cache.
+On a CPU torch's fused attention takes 0.1 ms a layer however short the cache is, a third of a small model's step. Plain
+operations are fused by the compiler instead.
 """
 
 from __future__ import annotations
