@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
+from rosaq import QuantSpec, RosaqLinear
 from rosaq.integrations.transformers_decoding import ATTENTION, attend, compiled_step, single_query
 from tests.families import tiny_family
 from tests.tolerances import assert_as_good_as
@@ -81,3 +83,47 @@ def test_an_attention_chosen_by_the_user_stays():
     model.set_attn_implementation("eager")
     compiled_step(model)
     assert model.config._attn_implementation == "eager"
+
+
+def in_bits(bits):
+    """A tiny Llama whose blocks' linears are rounded to `bits`."""
+    model = tiny_family("llama")
+    model.generation_config.eos_token_id = None
+    for block in model.model.layers:
+        for name, linear in [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
+            spec = QuantSpec(bits=bits, group_size=32, method="rtn")
+            block.set_submodule(name, RosaqLinear.from_linear(linear, None, spec))
+    return model
+
+
+PROMPT = torch.arange(5, 12)[None]
+LENGTH_OF_IT = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+
+
+def logits_of(model, **how):
+    """[tokens, vocab] of a greedy generation."""
+    return torch.cat(model.generate(PROMPT, **LENGTH_OF_IT, return_dict_in_generate=True, **how).logits)
+
+
+def test_models_of_one_class_are_compiled_each_for_itself():
+    """Blocks are not looked at before a step, so what was compiled for one model must not serve another."""
+    torch.compiler.reset()
+    for bits in (3, 4):
+        model = in_bits(bits)
+        torch.testing.assert_close(logits_of(model, **compiled_step(model)), logits_of(model))
+
+
+def test_another_dtype_is_noticed_and_a_changed_block_after_a_reset():
+    torch.compiler.reset()
+    model = in_bits(4)
+    first = logits_of(model, **compiled_step(model))
+    model.to(torch.bfloat16)
+    # The first token is the prompt's; kernels made for float32 would read two bfloat16 as one number.
+    torch.testing.assert_close(logits_of(model, **compiled_step(model))[1], logits_of(model)[1], rtol=0.05, atol=0.05)
+    model.to(torch.float32)
+    block = model.model.layers[0]
+    block.mlp.gate_proj = in_bits(3).model.layers[0].mlp.gate_proj
+    torch.compiler.reset()
+    changed = logits_of(model, **compiled_step(model))
+    torch.testing.assert_close(changed, logits_of(model))
+    assert not torch.equal(changed, first)

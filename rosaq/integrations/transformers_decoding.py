@@ -6,7 +6,10 @@ operations are fused by the compiler instead.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,12 +18,18 @@ ATTENTION = "rosaq_single_query"  # the name that transformers knows it by
 _NOT_OURS = ("position_bias", "softcap", "s_aux", "cache")  # what some models' attention takes besides
 
 
+_IN_A_BLOCK = re.compile(r"_modules\['\d+'\]")  # in the name of what a guard looks at
+_steps: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()  # transformers compiles anew for another config
+
+
 def compiled_step(model: Any) -> dict[str, Any]:
     """Arguments of `model.generate` that compile the step of one token; `model`'s attention becomes ATTENTION where it
-    was torch's fused one.
+    was torch's fused one. Call it as often as you like: a model is compiled once.
 
     transformers compiles by itself on a GPU once the cache is static; a CPU has to be asked for. The prompt runs as it
-    is: compiled for every length anew, it would take longer than it saves.
+    is: compiled for every length anew, it would take longer than it saves. On a CPU torch looks at the step's inputs
+    and at the model's embedding, final norm and head before every token, not at its blocks: whoever changes those
+    afterwards (an adapter, another linear) calls `torch.compiler.reset()`.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig
     from transformers.masking_utils import sdpa_mask
@@ -29,9 +38,30 @@ def compiled_step(model: Any) -> dict[str, Any]:
         AttentionInterface.register(ATTENTION, attend)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
         model.set_attn_implementation(ATTENTION)
-    how = CompileConfig(fullgraph=True)
-    how._compile_all_devices = True  # type: ignore[assignment]  # transformers declares it as None
+    how = _steps.get(model)
+    if how is None:
+        how = _steps[model] = CompileConfig(fullgraph=True)
+        how._compile_all_devices = True  # type: ignore[assignment]  # transformers declares it as None
+        if model.device.type == "cpu":
+            how.mode, how.options = None, {"guard_filter_fn": _not_in_blocks}  # type: ignore[assignment]
+            how.backend = _own_backend()
     return {"cache_implementation": "static", "compile_config": how}
+
+
+def _not_in_blocks(guards: Sequence[Any]) -> list[bool]:
+    """Which guards to keep. A block's are thousands, a seventh of a small model's step."""
+    return [_IN_A_BLOCK.search(guard.name) is None for guard in guards]
+
+
+def _own_backend() -> Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]:
+    """inductor, as one model's own: torch keeps what it compiled by class and backend, and without the guards of blocks
+    another model of the class would be run with this one's formats."""
+
+    def inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        compiled: Callable[..., Any] = torch._inductor.compile(graph, inputs)
+        return compiled
+
+    return inductor
 
 
 def attend(
