@@ -334,3 +334,24 @@ def test_tuning_that_makes_a_block_worse_is_not_kept(dense, tmp_path, monkeypatc
     found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "alone"))
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+def test_tuning_that_makes_the_model_worse_is_not_kept(dense, tmp_path, monkeypatch):
+    recipe = make_recipe("rosaq-gptq", salient=4, group_size=32)
+    untuned, tuned = (replace(recipe, tune=replace(recipe.tune, steps=0, model_steps=steps)) for steps in (0, 4))
+
+    @torch.no_grad()
+    def worsen(_model, blocks, *_rest):
+        for linear in blocks[0].linears.values():
+            linear.stretch += 1
+        return 1.0, 2.0
+
+    quantize(dense, tmp_path / "untuned", recipe=untuned, **SMALL)
+    monkeypatch.setattr("rosaq.pipeline.whole_model.tune_model", worsen)
+    with pytest.warns(
+        UserWarning, match="tuning the whole model raised its divergence from 1 to 2: it stays as it was"
+    ):
+        quantize(dense, tmp_path / "tuned", recipe=tuned, **SMALL)
+    assert json.loads((tmp_path / "tuned" / "rosaq_layers.json").read_text())["divergence"] == [1.0, 1.0]
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "untuned"))
+    assert [name for name in wanted | found if not torch.equal(found[name], wanted[name])] == []

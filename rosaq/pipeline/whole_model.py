@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 from torch import Tensor
@@ -38,22 +39,35 @@ def tune_whole_model(
 ) -> tuple[float, float]:
     """(divergence before, after) in nats per token; the tuned blocks are in the workspace. formats: of every block.
 
-    An interrupted tuning starts again from the blocks as they were quantised.
+    An interrupted tuning starts again from the blocks as they were quantised. Where it made the model worse, they stay
+    as they were, with a warning.
     """
     saved = work.load(_DONE)
     if saved is None:
         blocks = [_tuned_block(dense, _block(work, i), fmts) for i, fmts in enumerate(formats)]
         loss = tune_model(dense.passes, blocks, predictions, spec, seed, progress)
-        for index, block in enumerate(blocks):
-            stored = _block(work, index)
-            for name, linear in block.linears.items():
-                stored |= {f"{name}.{tensor}": value for tensor, value in linear.stored().items()}
-            stored |= {name: gain.detach().to(dense.dtype) for name, gain in block.gains().items()}
-            work.save(tuned_block_name(index), stored, {})
+        before, after = loss
+        if after > before:
+            warnings.warn(
+                f"tuning the whole model raised its divergence from {before:.3g} to {after:.3g}: it stays as it was",
+                stacklevel=2,
+            )
+            loss = before, before
+        else:
+            for index, block in enumerate(blocks):
+                work.save(tuned_block_name(index), _as_tuned(dense, _block(work, index), block), {})
         work.save(_DONE, {}, {"loss": loss})
         return loss
     before, after = saved[1]["loss"]
     return before, after
+
+
+def _as_tuned(dense: DenseModel, stored: Tensors, block: TunedBlock) -> Tensors:
+    """What a block stores, with what tuning moved."""
+    moved = {
+        f"{name}.{tensor}": value for name, linear in block.linears.items() for tensor, value in linear.stored().items()
+    }
+    return stored | moved | {name: gain.detach().to(dense.dtype) for name, gain in block.gains().items()}
 
 
 def _block(work: Workspace, index: int) -> Tensors:
