@@ -18,6 +18,7 @@ from rosaq import ops
 from rosaq.config import LinearFormat
 from rosaq.layout import dense_weight
 from rosaq.sharding import Piece
+from rosaq.soundness import check_index, tensor_problem
 from rosaq.specs import QuantSpec
 
 if TYPE_CHECKING:
@@ -283,15 +284,9 @@ class RosaqLinear(nn.Module):
         for key, (shape, dtype) in self.tensor_shapes.items():
             if self.packed is not None and key in PACKED_NAMES:
                 continue
-            tensor = self._parameters[key]
-            if tensor is None or tensor.device.type == "meta":
-                raise ValueError(f"{name}.{key}: got no values, need {dtype} {list(shape)}; is the checkpoint whole?")
-            if tuple(tensor.shape) != shape or tensor.dtype != getattr(torch, dtype):
-                got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-                raise ValueError(f"{name}.{key}: got {got}, need {dtype} {list(shape)}")
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                num_bad = int((~torch.isfinite(tensor)).sum())
-                raise ValueError(f"{name}.{key}: got {num_bad} NaN or Inf of {tensor.numel()}, need finite numbers")
+            problem = tensor_problem(self._parameters[key], shape, dtype)
+            if problem is not None:
+                raise ValueError(f"{name}.{key}: {problem}")
         if self.salient_index is not None:
             check_index(self.salient_index, self.held[0], name)
 
@@ -322,13 +317,3 @@ class RosaqLinear(nn.Module):
         if fmt.rotation_size:
             parts.append(f"rotation={fmt.rotation_blocks}x{fmt.rotation_size}")
         return ", ".join([*parts, f"bias={'bias' in self.tensor_shapes}"])
-
-
-def check_index(index: Tensor, in_features: int, name: str) -> None:
-    """ValueError unless `index` int32 [r] holds different channels of [0, in_features)."""
-    low, high, num = int(index.min()), int(index.max()), len(set(index.tolist()))
-    if low < 0 or high >= in_features or num != len(index):
-        raise ValueError(
-            f"{name}.salient_index: got {num} different channels from {low} to {high}, "
-            f"need {len(index)} in [0, {in_features})"
-        )

@@ -13,7 +13,18 @@ from tests.models import save_rosaq
 
 PACKAGE = Path(rosaq.__file__).parent
 SHARED = {"config", "specs", "layout"}
-RUN_TIME = {"reference", "ops", "fakes", "sharding", "linear", "siblings", "experts", "checkpoint", "integrations"}
+RUN_TIME = {
+    "reference",
+    "ops",
+    "fakes",
+    "sharding",
+    "soundness",
+    "linear",
+    "siblings",
+    "experts",
+    "checkpoint",
+    "integrations",
+}
 OFFLINE = {"models", "rotation", "calibrate", "quantizers", "tuning", "pipeline", "recipes"}
 BESIDE = {
     "text",
@@ -37,11 +48,12 @@ MAY_IMPORT = {
     "ops": {"config", "_C", "fakes"},
     "fakes": {"config", "_C"},
     "sharding": {"config"},
-    "linear": {"config", "specs", "layout", "ops", "sharding"},
+    "soundness": set(),
+    "linear": {"config", "specs", "layout", "ops", "sharding", "soundness"},
     "siblings": {"ops", "linear"},
     "experts": set(),
     "checkpoint": {"config", "layout"},
-    "integrations": {"config", "specs", "linear", "siblings", "experts", "checkpoint", "sharding"},
+    "integrations": {"config", "specs", "linear", "siblings", "experts", "checkpoint", "sharding", "soundness"},
     "models": {"config"},
     "rotation": {"config", "models"},
     "calibrate": {"config", "specs", "layout", "experts", "models"},
@@ -71,6 +83,7 @@ MAY_IMPORT = {
         "checkpoint",
         "linear",
         "sharding",
+        "soundness",
         "integrations",
     },
     "conversion": {"config", "ops", "linear", "experts", "checkpoint", "integrations"},

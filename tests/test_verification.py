@@ -69,7 +69,11 @@ def test_progress_and_json(checkpoint):
     [
         (lambda t: t[f"{Q_PROJ}.scales"].fill_(torch.nan), "numbers", "q_proj.scales: got 128 NaN or Inf"),
         (lambda t: t[f"{Q_PROJ}.scales"].neg_(), "numbers", "scales: got -.* need no negative step"),
-        (lambda t: t[f"{Q_PROJ}.salient_index"].fill_(3), "numbers", "salient_index: got 3 to 3, need 4 different"),
+        (
+            lambda t: t[f"{Q_PROJ}.salient_index"].fill_(3),
+            "numbers",
+            "salient_index: got 1 different channels from 3 to 3, need 4",
+        ),
         (lambda t: t[f"{Q_PROJ}.zeros"].add_(1), "numbers", "got 4 salient columns whose codes are not 0"),
         (lambda t: t[f"{DOWN}.rotation"].mul_(1.1), "numbers", "rotation: got R Rᵀ off the identity by 0.21"),
         (lambda t: t["model.norm.weight"].fill_(torch.inf), "numbers", "model.norm.weight: got NaN or Inf"),

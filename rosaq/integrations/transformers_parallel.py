@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 from transformers.distributed.tensor_parallel import ColwiseParallel, RowwiseParallel
 
-from rosaq.linear import RosaqLinear, check_index
+from rosaq.linear import RosaqLinear
 from rosaq.sharding import Cut, Piece, check_cut, cut_dim, shard_format, take_salient
+from rosaq.soundness import check_index
 
 
 def _shard_param(module: RosaqLinear, name: str, mesh: DeviceMesh, cut: Cut) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from rosaq.checkpoint import is_in_block
 from rosaq.config import LinearFormat
-from rosaq.linear import RosaqLinear, check_index
+from rosaq.linear import RosaqLinear
 from rosaq.sharding import Piece, check_cut, cut_dim, shard_format, take_salient
+from rosaq.soundness import check_index
 
 # What the parts of one launch must have in common: they act on x before any row of W does.
 SHARED = ("salient_index", "salient_basis", "rotation")

@@ -10,6 +10,7 @@ from rosaq.config import LinearFormat
 from rosaq.layout import unpack
 from rosaq.linear import RosaqLinear
 from rosaq.reference import fused_gemm
+from rosaq.soundness import finite_problem, index_problem
 
 # A rotation is stored in float16: a row of b entries is off by about b roundings of 2**-11 / sqrt(b).
 ORTHOGONAL = 2.0**-7
@@ -29,8 +30,9 @@ def read_linear(reader: WeightReader, name: str, fmt: LinearFormat, size: tuple[
 def value_problem(tensors: dict[str, Tensor], fmt: LinearFormat, in_features: int) -> str | None:
     """What is wrong with the numbers in `tensors`, which have the right shapes; None where nothing is."""
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return f"{key}: got {int((~torch.isfinite(tensor)).sum())} NaN or Inf, need finite numbers"
+        problem = finite_problem(tensor)
+        if problem is not None:
+            return f"{key}: {problem}"
     if not fmt.symmetric and (tensors["scales"] < 0).any():  # a symmetric grid's sign says where its extra level is
         return f"scales: got {float(tensors['scales'].min())}, need no negative step beside zero points"
     if "rotation" in tensors:
@@ -45,8 +47,9 @@ def value_problem(tensors: dict[str, Tensor], fmt: LinearFormat, in_features: in
 
 def _index_problem(tensors: dict[str, Tensor], fmt: LinearFormat, k: int) -> str | None:
     index = tensors["salient_index"].long()
-    if int(index.min()) < 0 or int(index.max()) >= k or len(set(index.tolist())) != len(index):
-        return f"salient_index: got {int(index.min())} to {int(index.max())}, need {len(index)} different of [0, {k})"
+    problem = index_problem(index, k)
+    if problem is not None:
+        return f"salient_index: {problem}"
     codes = unpack(tensors["qweight"], fmt.bits)[:, index].int()
     if "zeros" in tensors:
         zeros = tensors["zeros"][:, index // fmt.group_size_of(k)].int()
