@@ -125,7 +125,7 @@ def run_demo(
     console.print(continue_text(best, PROMPT, max_new_tokens=40).text, markup=False)
     console.print(
         "\n[bold]Your own model:[/]\n"
-        "  rosaq quantize MODEL -o OUT --bits 3 --group-size 64 --calibration TEXT\n"
+        "  rosaq quantize MODEL -o OUT --calibration TEXT\n"
         "  rosaq eval OUT --reference MODEL --text OTHER_TEXT\n"
         '  rosaq generate OUT "Once upon a time"'
     )

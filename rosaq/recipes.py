@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rosaq.specs import ImportanceSpec, QuantSpec, Recipe, RotationSpec, SalientSpec, TuneSpec
+from rosaq.specs import BudgetSpec, ImportanceSpec, QuantSpec, Recipe, RotationSpec, SalientSpec, TuneSpec
 
 _RTN = QuantSpec(method="rtn", clip=False)
 _GPTQ = QuantSpec(method="gptq", clip=True)
@@ -26,17 +26,20 @@ RECIPES: dict[str, Recipe] = {
     # per layer to the letter: every site rotates its input by its own dense PCA matrix, larger than its codes
     "rosaq-layer": Recipe("rosaq-layer", _RTN, RotationSpec("dense", "dense", "dense"), SalientSpec(16, basis=())),
     # ours: few principal directions in FP16, a random basis of the rest, second moments that listen to attended tokens,
-    # GPTQ with the salient columns as correctors, scales and codes once more, then tuning block by block and as a whole
+    # GPTQ with the salient columns as correctors, scales and codes once more, tuning block by block and as a whole.
+    # What the scales of groups would take goes into the fourth bit of those codes that gain most by it
     "rosaq-gptq": Recipe(
         "rosaq-gptq",
-        replace(_GPTQ, refine=3),
+        replace(_GPTQ, group_size=-1, refine=3),
         RotationSpec("pca-random", "random", "hadamard"),
         SalientSpec(AUTO, basis=("values", "hidden"), online=2),
         ImportanceSpec("attention", 0.01),
         moments="dense",
         tune=TuneSpec(steps=64, model_steps=32),
+        budget=BudgetSpec(target_bits=3.45),
     ),
 }
+_UNIFORM_GROUP = 64  # of a recipe with a target, where all codes are to have the same width instead
 DEFAULT_RECIPE = "rosaq-gptq"
 
 
@@ -74,11 +77,25 @@ def make_recipe(
     head_bits: int | None = None,
     preset: str = DEFAULT_PRESET,
 ) -> Recipe:
-    """The recipe `base` (a name or a recipe of your own) with some of its choices changed; None keeps one (3 bits in
-    groups of 64 for the recipes by name, the head in 16). ValueError for an unknown name or number."""
+    """The recipe `base` (a name or a recipe of your own) with some of its choices changed; None keeps one.
+
+    A recipe by name that has a target (rosaq-gptq: 3.45 bits per weight) gives every site the same instead once bits,
+    group_size or salient is said: 3 bits in groups of 64, but for what is said. ValueError for an unknown name or
+    number.
+    """
     if isinstance(base, str) and base not in RECIPES:
         raise ValueError(f"recipe: got {base!r}, need one of {', '.join(RECIPES)}")
     recipe = RECIPES[base] if isinstance(base, str) else base
+    budget = recipe.budget
+    if target_bits is not None or salient_energy is not None:
+        for name, value in {"salient": salient, "bits": bits if target_bits is not None else None}.items():
+            if value is not None:
+                raise ValueError(f"{name}: got {value} with a budget, which chooses it, need one of them")
+        budget = replace(budget, target_bits=target_bits, energy=salient_energy)
+    elif isinstance(base, str) and any(said is not None for said in (bits, group_size, salient)):
+        budget = replace(budget, target_bits=None)
+    if group_size is None and recipe.budget.target_bits is not None and budget.target_bits is None:
+        group_size = _UNIFORM_GROUP
     wanted: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     quant = replace(recipe.quant, **{name: value for name, value in wanted.items() if value is not None})
     chosen = recipe.salient
@@ -89,11 +106,6 @@ def make_recipe(
             chosen = replace(chosen, by="energy")  # without principal axes the largest channels are what there is
         chosen = replace(chosen, count=salient, online=chosen.online if salient else None)
     listened = recipe.importance if importance is None else replace(recipe.importance, strategy=importance)
-    budget = recipe.budget
-    if target_bits is not None or salient_energy is not None:
-        if salient is not None:
-            raise ValueError(f"salient: got {salient} with a budget, which chooses it, need one of them")
-        budget = replace(budget, target_bits=target_bits, energy=salient_energy)
     times, steps = preset_of(preset), recipe.tune
     tune = replace(steps, steps=steps.steps * times.steps, model_steps=steps.model_steps * times.model_steps)
     changed = replace(recipe, quant=quant, salient=chosen, importance=listened, tune=tune, budget=budget)

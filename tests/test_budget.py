@@ -16,6 +16,7 @@ from rosaq.pipeline.budget import SiteChoice, SiteFacts, share_out, spectrum_of,
 from rosaq.quantizers import quantize_weight
 from rosaq.recipes import make_recipe
 from rosaq.specs import BudgetSpec, QuantSpec
+from tests.families import save_family, tiny_family
 from tests.models import SMALL, save_dense, tiny_llama
 from tests.tolerances import assert_tight
 
@@ -161,11 +162,42 @@ def test_directions_by_energy_end_to_end(dense, tmp_path):
     assert saved["recipe"]["budget"]["energy"] == 0.5
 
 
+def test_the_default_shares_bits_out_until_something_uniform_is_said():
+    default = make_recipe()
+    assert (default.budget.target_bits, default.quant.group_size) == (3.45, -1)
+    assert make_recipe(target_bits=3.6).quant.group_size == -1
+    assert make_recipe(target_bits=3.6, group_size=32).quant.group_size == 32
+    uniform = {"bits": 4}, {"group_size": 64}, {"salient": 3}, {"salient_energy": 0.5}
+    for said in uniform:
+        recipe = make_recipe(**said)
+        assert (recipe.budget.target_bits, recipe.quant.group_size) == (None, 64), said
+        assert recipe.quant.bits == said.get("bits", 3)
+    assert make_recipe("gptq") == make_recipe("gptq", bits=3, group_size=64)
+    own = replace(default, name="mine")
+    assert make_recipe(own, group_size=32).budget == own.budget  # whoever wrote a recipe meant its budget
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text"])
+@pytest.mark.filterwarnings("ignore:.*got a recipe that rotates the residual stream:UserWarning")
+def test_whole_rows_under_a_target_in_every_family(family, tmp_path):
+    """The default recipe but for its target, which such narrow rows cannot reach."""
+    source = save_family(tmp_path / "dense", tiny_family(family))
+    request = {name: value for name, value in SMALL.items() if name != "group_size"}
+    made = quantize(source, tmp_path / "out", target_bits=4.7, preset="fast", **request)
+    assert 4.5 < made.bits_per_weight <= 4.7
+    config = read_config(tmp_path / "out")
+    assert {config.format_of(layer["name"]).group_size for layer in made.layers} == {-1}
+    result = rosaq.evaluate(tmp_path / "out", reference=source, windows=2, context=32, text=SMALL["calibration"])
+    assert result.kl < 1
+
+
 def test_refusals(dense, tmp_path):
     with pytest.raises(ValueError, match=r"target_bits: got 3\.0, need [34]\.\d+ to \d+\.\d+ for this model"):
         quantize(dense, tmp_path / "low", target_bits=3.0, preset="fast", **SMALL)
     with pytest.raises(ValueError, match="salient: got 3 with a budget, which chooses it"):
         make_recipe(salient=3, target_bits=3.5)
+    with pytest.raises(ValueError, match="bits: got 4 with a budget, which chooses it"):
+        make_recipe(bits=4, target_bits=3.5)
     with pytest.raises(ValueError, match=r"energy: got 0\.5 with target_bits 3\.5, need one of them"):
         make_recipe(salient_energy=0.5, target_bits=3.5)
     with pytest.raises(ValueError, match=r"energy: got 1\.5, need 0 < energy < 1"):

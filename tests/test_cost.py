@@ -12,7 +12,7 @@ from tests.models import TEXT, save_dense, tiny_llama
 from tests.peak import PeakMemory
 
 LENGTH = 64
-RECIPE = make_recipe(preset="fast")
+RECIPE = make_recipe(bits=3, preset="fast")
 RECIPE = replace(RECIPE, quant=replace(RECIPE.quant, group_size=32, refine=1))  # more rounds take no more memory
 
 # How many of each are held at once (DESIGN.md, "From a dense model to a checkpoint"). An eigendecomposition takes two
@@ -103,6 +103,18 @@ def test_tuning_adds_the_codes_of_more_layers(tuned):
 @pytest.mark.parametrize("size", SMALL[1:])
 def test_tuning_stays_below_the_bound(size, tuned):
     assert tuned[size] <= size.bound + 0.5 * size.model
+
+
+@pytest.mark.parametrize("size", SMALL[1:])
+def test_sharing_out_bits_holds_the_text_once_for_every_block(size, tmp_path):
+    """The gradient of the predictions comes back through them all; the sequences it is taken on are 8 at most."""
+    recipe = make_recipe(target_bits=4.6, group_size=32, preset="fast")
+    recipe = replace(recipe, quant=replace(recipe.quant, refine=1))
+    source = save_dense(tmp_path / "dense", tiny_llama(num_hidden_layers=size.layers, intermediate_size=size.mlp))
+    spec = CalibrationSpec(size.sequences, LENGTH, batch_size=8)
+    with PeakMemory() as memory:
+        quantize(source, tmp_path / "out", recipe=recipe, preset="fast", calibration=[TEXT[0] * 20], spec=spec)
+    assert memory.peak <= size.bound + (size.layers + 2) * size.stream
 
 
 def test_memory_holds_the_calibration_text_twice(cost):

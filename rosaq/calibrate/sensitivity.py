@@ -16,6 +16,7 @@ from rosaq.calibrate.blocks import BlockModel
 
 Tensors = dict[str, Tensor]
 BLOCK = "block"  # name of the block's own output beside those of its linears
+_SEQUENCES_AT_ONCE = 2
 _TOKENS_AT_ONCE = 512  # whose logits exist at the same time: a row of them is as wide as the vocabulary
 
 
@@ -63,6 +64,16 @@ def _through_block(
     model: BlockModel, index: int, weights: Tensors, hidden: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensors]:
     """(gradient at the block's input, |g|² at its outputs) from the gradient at its output."""
+    parts = zip(hidden.split(_SEQUENCES_AT_ONCE), gradient.split(_SEQUENCES_AT_ONCE), strict=True)
+    found = [_through_block_at_once(model, index, weights, *part) for part in parts]
+    squares = {name: torch.cat([each[name] for _, each in found]) for name in found[0][1]}
+    return torch.cat([part for part, _ in found]), squares | {BLOCK: gradient.square().sum(-1)}
+
+
+def _through_block_at_once(
+    model: BlockModel, index: int, weights: Tensors, hidden: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensors]:
+    """The same for a few sequences: what autograd keeps of them is many times their hidden states."""
     leaf = hidden.clone().requires_grad_()
     out, outputs, tokens = model.forward_with_outputs(index, weights, leaf)
     names = list(outputs)
@@ -73,4 +84,4 @@ def _through_block(
         if name in squares:
             everywhere.view(-1)[routed] = squares[name]
         squares[name] = everywhere
-    return found[0], squares | {BLOCK: gradient.square().sum(-1)}
+    return found[0], squares

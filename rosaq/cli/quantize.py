@@ -26,12 +26,18 @@ def quantize_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="New directory for the checkpoint.")],
     recipe: Annotated[str, typer.Option(help=f"{', '.join(RECIPES)}.")] = "rosaq-gptq",
     preset: Annotated[str, typer.Option(help="fast, default or best: how much work goes into it.")] = "default",
-    bits: Annotated[int, typer.Option(help="3 or 4.")] = 3,
-    group_size: Annotated[int, typer.Option(help="In-features per scale; -1 for whole rows.")] = 64,
+    bits: Annotated[
+        int | None, typer.Option(help="3 or 4, everywhere. Default: a mixture under --target-bits, or 3.")
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="In-features per scale; -1 for whole rows. Default: whole rows under a target, or 64."),
+    ] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Default: the recipe's.")] = None,
     salient: Annotated[int | None, typer.Option(help="Directions kept in 16 bits. Default: the recipe's.")] = None,
     target_bits: Annotated[
-        float | None, typer.Option(help="Bits per weight on average, shared out between the layers.")
+        float | None,
+        typer.Option(help="Bits per weight on average, shared out between the layers. Default of rosaq-gptq: 3.45."),
     ] = None,
     salient_energy: Annotated[
         float | None, typer.Option(help="Directions kept per layer: the fewest that hold this share of the energy.")

@@ -85,8 +85,9 @@ def quantize(
     """Quantise the model in directory (or of hub name) `model` into the new directory `output`.
 
     recipe          a name of `rosaq.recipes.RECIPES`, or a `Recipe` of your own.
-    bits, group_size, symmetric, salient, importance: None keeps the recipe's choice (3 bits in groups of 64).
-    target_bits     bits per weight on average: widths and directions are shared out between the sites.
+    bits, group_size, symmetric, salient, importance: None keeps the recipe's choice. Its target falls away once one of
+                    the first two or salient is given: all sites get the same.
+    target_bits     bits per weight on average (rosaq-gptq: 3.45): widths and directions are shared out between sites.
     salient_energy  directions per site by the share of energy they hold.
     head_bits       3 or 4: the output head gets codes of so many bits and is untied from the embedding, which stays in
                     16; 16 leaves it alone; None keeps the recipe's choice (16).
