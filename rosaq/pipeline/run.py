@@ -78,7 +78,7 @@ class Run:
         saved = self._work.load("choices")
         if saved is None:
             facts = measure_sites(
-                self._dense.blocks,
+                self._dense.passes,
                 self._recipe,
                 self.rotations,
                 lambda index: self._rotated(index, self._dense.block(index)),
