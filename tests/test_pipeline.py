@@ -277,6 +277,22 @@ def test_a_killed_run_resumes_bit_identically(recipe, stop_after, dense, made, t
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_run_goes_on_only_where_its_products_are_the_same(dense, tmp_path, monkeypatch):
+    """A machine without bfloat16 instructions would continue in float32, and end with other codes."""
+
+    def kill(event):
+        if (event.stage, event.block) == ("blocks", 0):
+            raise Killed
+
+    request = SMALL | {"preset": "fast", "salient": 4}
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
+    with pytest.raises(Killed):
+        quantize(dense, tmp_path / "out", progress=kill, **request)
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict)
+    with pytest.raises(ValueError, match="got another request.*'products': 'float32'.*need.*'products': 'bfloat16'"):
+        quantize(dense, tmp_path / "out", resume=True, **request)
+
+
 def test_force_replaces_only_at_the_end(dense, tmp_path):
     output = tmp_path / "out"
     output.mkdir()

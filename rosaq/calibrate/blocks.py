@@ -78,7 +78,7 @@ class BlockModel:
         _compute_buffers(self._model)
         self._blocks = list(self._model.get_submodule(self.family.blocks))
         self._check_blocks()
-        self._is_bf16 = False
+        self.is_bf16 = False  # whether matrix products are in bfloat16
         self._kwargs: dict[tuple[torch.Size, str], list[dict[str, Any]]] = {}
 
     def _check_blocks(self) -> None:
@@ -99,12 +99,12 @@ class BlockModel:
         if not any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
             return self
         result = copy.copy(self)
-        result._is_bf16 = True
+        result.is_bf16 = True
         return result
 
     def products(self) -> torch.autocast:
         """The context that this model's matrix products run in."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self._is_bf16)
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.is_bf16)
 
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
         """{path inside a block: (in_features, out_features)} of every linear of the family's table."""
