@@ -86,14 +86,16 @@ def make_recipe(
     if isinstance(base, str) and base not in RECIPES:
         raise ValueError(f"recipe: got {base!r}, need one of {', '.join(RECIPES)}")
     recipe = RECIPES[base] if isinstance(base, str) else base
-    budget = recipe.budget
+    chosen_by_budget = {"salient": salient, "bits": bits if target_bits is not None else None}
     if target_bits is not None or salient_energy is not None:
-        for name, value in {"salient": salient, "bits": bits if target_bits is not None else None}.items():
+        for name, value in chosen_by_budget.items():
             if value is not None:
                 raise ValueError(f"{name}: got {value} with a budget, which chooses it, need one of them")
-        budget = replace(budget, target_bits=target_bits, energy=salient_energy)
+        budget = replace(recipe.budget, target_bits=target_bits, energy=salient_energy)
     elif isinstance(base, str) and any(said is not None for said in (bits, group_size, salient)):
-        budget = replace(budget, target_bits=None)
+        budget = replace(recipe.budget, target_bits=None)
+    else:
+        budget = recipe.budget
     if group_size is None and recipe.budget.target_bits is not None and budget.target_bits is None:
         group_size = _UNIFORM_GROUP
     wanted: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}

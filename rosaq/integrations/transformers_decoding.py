@@ -16,8 +16,6 @@ from torch import Tensor
 
 ATTENTION = "rosaq_single_query"  # the name that transformers knows it by
 _NOT_OURS = ("position_bias", "softcap", "s_aux", "cache")  # what some models' attention takes besides
-
-
 _IN_A_BLOCK = re.compile(r"_modules\['\d+'\]")  # in the name of what a guard looks at
 _steps: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()  # transformers compiles anew for another config
 
