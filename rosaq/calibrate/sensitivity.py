@@ -78,7 +78,7 @@ def _through_block_at_once(
     out, outputs, tokens = model.forward_with_outputs(index, weights, leaf)
     names = list(outputs)
     found = torch.autograd.grad(out, [leaf, *(outputs[name] for name in names)], gradient)
-    squares = {name: g.square().sum(-1) for name, g in zip(names, found[1:], strict=True)}
+    squares = {name: g.float().square().sum(-1) for name, g in zip(names, found[1:], strict=True)}
     for name, routed in tokens.items():
         everywhere = torch.zeros(hidden.shape[:2])
         if name in squares:
