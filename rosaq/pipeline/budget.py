@@ -104,7 +104,9 @@ def share_out(facts: list[dict[str, SiteFacts]], spec: BudgetSpec, quant: QuantS
     least = spec.target_bits - left / weights
     most = sum(f.bits(SiteChoice(max(spec.widths), len(f.kept))) for f in sites.values()) / weights
     if not least <= spec.target_bits <= most:
-        raise ValueError(f"target_bits: got {spec.target_bits}, need {least:.3f} to {most:.3f} for this model")
+        raise ValueError(
+            f"target_bits: got {spec.target_bits}, need {least:.3f} to {most:.3f} for this model, or bits for one width"
+        )
     waiting = [entry for key in sites for entry in _steps(key, sites[key], chosen[key], spec)]
     heapq.heapify(waiting)
     while waiting:
