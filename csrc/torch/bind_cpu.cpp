@@ -19,7 +19,8 @@ constexpr int64_t kSmallScratchBytes = 64 << 10;
 constexpr int64_t kLargeScratchBytes = 8 << 20;
 
 void run_on_torch_threads(int64_t count, int64_t grain, cpu::Parallel::Range range, void* context) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, range, context));
+    ROSAQ_CHECK(torch_parallel_for(0, count, grain, range, context) == 0, kOp,
+                ": torch could not run its threads");
 }
 
 PackedWeight check_packed(const Tensor& packed, int64_t out_features, int64_t bits, int64_t group_size,

@@ -18,6 +18,8 @@ namespace rosaq::bind {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Also for the result of torch's C functions (0 where they succeed): torch's own macro for that is not called
+// the same in 2.11 as in 2.13.
 #define ROSAQ_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
 
 inline std::string shape_text(const Tensor& t) {

@@ -64,7 +64,8 @@ cudaStream_t current_stream(const char* op, int device) {
     ROSAQ_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op,
                 ": x: got a CUDA tensor, but the torch in this process has no CUDA");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    ROSAQ_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, op, ": x: got device ", device,
+                ", of which torch gives no current stream");
     return static_cast<cudaStream_t>(stream);
 }
 
