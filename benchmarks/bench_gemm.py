@@ -103,12 +103,25 @@ def row(n: int, k: int, m: int, bandwidth: float) -> dict[str, Any]:
     return found
 
 
+def once(shapes: list[str], tokens: list[int]) -> None:
+    for n, k in (map(int, shape.split("x")) for shape in shapes):
+        for m in tokens:
+            x = torch.randn(m, k, device="cuda").half()
+            for bits in (4, 3):
+                ours(x, n, bits)[0][0]()
+    torch.cuda.synchronize()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--m", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--once", action="store_true", help="INT4 and INT3 once each, for a profiler; no timing")
     args = parser.parse_args()
+    if args.once:
+        once(args.shapes, args.m)
+        return
     bandwidth = copy_bandwidth()
     rows = []
     for shape in args.shapes:
@@ -118,7 +131,8 @@ def main() -> None:
             times = ", ".join(f"{name} {v['us']:.1f} us" for name, v in rows[-1].items() if isinstance(v, dict))
             print(f"{shape} m={m}: {times}", flush=True)
             record = {"gpu": gpu(), "machine": machine(), "copy_bandwidth": bandwidth, "group": GROUP, "rows": rows}
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
+            if args.out is not None:
+                args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,27 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go and under nine minutes: build, tests, sanitizers, benchmark.
+# Everything that needs a GPU, in one go and under nine minutes: build, tests, sanitizers, benchmarks, a profile.
 #
-#   benchmarks/run_gpu.sh OUT
+#   benchmarks/run_gpu.sh OUT [PART ...]
 #
-# Leaves logs, JSON, the golden vectors of the conformance tests and a summary in OUT. Uses the python on PATH (set
-# PYTHON for another), which needs a torch that sees the GPU; nvcc must be there. Exits non-zero if a step failed, after
-# having run the others.
+# Parts: check (tests and sanitizers, side by side), profile, speed; all of them where none is named. Leaves logs, JSON,
+# the golden vectors of the conformance tests and a summary in OUT. Uses the python on PATH (set PYTHON for another),
+# which needs a torch that sees the GPU; nvcc must be there. Exits non-zero if a step failed, after having run the others.
 set -uo pipefail
-out=$(realpath -m "${1:?usage: benchmarks/run_gpu.sh OUT}")
+out=$(realpath -m "${1:?usage: benchmarks/run_gpu.sh OUT [check] [profile] [speed]}")
+shift
+parts=" ${*:-check profile speed} "
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 mkdir -p "$out"
 : >"$out/summary.txt"
-failed=0
+failed=$(mktemp)
 
 step() { # step NAME SECONDS COMMAND...
     local name=$1 limit=$2
     shift 2
     local start=$SECONDS rc=0
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1 || rc=$?
-    [ $rc -eq 0 ] || failed=1
+    timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1 || rc=$?
+    [ $rc -eq 0 ] || echo "$name" >>"$failed"
     echo "$name: exit $rc, $((SECONDS - start)) s" | tee -a "$out/summary.txt"
 }
 
@@ -31,13 +33,25 @@ export ROSAQ_CUDA_ARCHS=$arch ROSAQ_BUILD=cuda
 # In place and without isolation: the machine may reach no package registry.
 step build 240 "$python" setup.py build_ext --inplace
 export PYTHONPATH=$PWD:${PYTHONPATH:-}
-step conformance 90 "$python" -m pytest -q tests/gpu/test_conformance.py
-[ -d tests/gpu/golden ] && cp -r tests/gpu/golden "$out/"
-step ops 150 "$python" -m pytest -q tests/gpu/test_ops_gpu.py
-for tool in memcheck racecheck synccheck; do
-    step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-        "$python" -m pytest -q -x tests/gpu/test_ops_gpu.py -k "captured_graph or repacking or index"
-done
-step bench_gemm 200 "$python" benchmarks/bench_gemm.py --out "$out/gemm.json" --m 1 8 16 32 64 256
+
+if [[ $parts == *" check "* ]]; then
+    step conformance 90 "$python" -m pytest -q -m gpu tests/gpu/test_conformance.py &
+    step ops 150 "$python" -m pytest -q -n 6 tests/gpu/test_ops_gpu.py &
+    step model 150 "$python" -m pytest -q -n 2 tests/gpu/test_model_gpu.py &
+    for tool in memcheck racecheck synccheck; do
+        step "$tool" 150 compute-sanitizer --tool "$tool" --kernel-regex kns=rosaq --error-exitcode 9 \
+            "$python" -m pytest -q -x tests/gpu/test_ops_gpu.py -k "captured_graph or repacking or index" &
+    done
+    wait
+    [ -d tests/gpu/golden ] && cp -r tests/gpu/golden "$out/"
+fi
+if [[ $parts == *" profile "* ]]; then
+    step profile 100 ncu --clock-control none --set full -k regex:fused_gemm_kernel \
+        "$python" benchmarks/bench_gemm.py --once --shapes 4096x4096 8192x8192 --m 1 16 64
+fi
+if [[ $parts == *" speed "* ]]; then
+    step gemm 200 "$python" benchmarks/bench_gemm.py --out "$out/gemm.json" --m 1 8 16 32 64 128 256
+    step decode 150 "$python" benchmarks/bench_decode_gpu.py --out "$out/decode.json"
+fi
 cat "$out/summary.txt"
-exit $failed
+[ ! -s "$failed" ]
