@@ -1,4 +1,4 @@
-"""rosaq.fused_gemm on a GPU against cuBLAS fp16 and torch's int4 kernel. Writes JSON.
+"""rosaq.fused_gemm on a GPU against cuBLAS fp16, torch's int4 kernel and those of gpu_rivals.py. Writes JSON.
 
     python benchmarks/bench_gemm.py --out gemm.json [--shapes 8192x8192 ...] [--m 1 8 16 ...]
 
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_rivals
 import torch
 from gpu_timing import CALLS_PER_GRAPH, copies_needed, copy_bandwidth, gpu, median_us
 from timing import machine
@@ -82,8 +83,9 @@ def aten_int4(x: Tensor, n: int) -> tuple[Calls, int]:
     return rotated(make, packed.nbytes), packed.nbytes + scales.nbytes + 2 * x.size(0) * (k + n)
 
 
-def row(n: int, k: int, m: int, bandwidth: float) -> dict[str, Any]:
+def row(n: int, k: int, m: int, bandwidth: float, rivals: Callable[[Tensor, int], dict[str, Any]]) -> dict[str, Any]:
     x = torch.randn(m, k, device="cuda").half()
+    others = {name: (rotated(make, size), size + 2 * m * (k + n)) for name, (make, size) in rivals(x, n).items()}
     made = {
         "cublas_fp16": cublas(x, n),
         "aten_int4": aten_int4(x, n),
@@ -92,6 +94,7 @@ def row(n: int, k: int, m: int, bandwidth: float) -> dict[str, Any]:
         "int3_asym": ours(x, n, 3, symmetric=False),
         "int3_salient128": ours(x, n, 3, r=128),
         "int3_rotation128": ours(x, n, 3, rotation=128),
+        **others,
     }
     us = median_us({name: calls for name, (calls, _) in made.items()})
     found: dict[str, Any] = {"n": n, "k": k, "m": m}
@@ -117,20 +120,34 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--m", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--rivals", action="store_true", help="humming, gemlite and Marlin too, where they load")
+    parser.add_argument("--marlin", type=Path, default=None, help="library of Marlin's kernel, see gpu_rivals.py")
     parser.add_argument("--once", action="store_true", help="INT4 and INT3 once each, for a profiler; no timing")
     args = parser.parse_args()
     if args.once:
         once(args.shapes, args.m)
         return
     bandwidth = copy_bandwidth()
+    not_run = gpu_rivals.available(args.marlin) if args.rivals else {}
+
+    def rivals(x: Tensor, n: int) -> dict[str, Any]:
+        return gpu_rivals.prepared(x, n, GROUP, args.marlin, not_run) if args.rivals else {}
+
     rows = []
     for shape in args.shapes:
         n, k = map(int, shape.split("x"))
         for m in args.m:
-            rows.append(row(n, k, m, bandwidth))
+            rows.append(row(n, k, m, bandwidth, rivals))
             times = ", ".join(f"{name} {v['us']:.1f} us" for name, v in rows[-1].items() if isinstance(v, dict))
             print(f"{shape} m={m}: {times}", flush=True)
-            record = {"gpu": gpu(), "machine": machine(), "copy_bandwidth": bandwidth, "group": GROUP, "rows": rows}
+            record = {
+                "gpu": gpu(),
+                "machine": machine(),
+                "copy_bandwidth": bandwidth,
+                "group": GROUP,
+                "not_run": not_run,
+                "rows": rows,
+            }
             if args.out is not None:
                 args.out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -15,6 +15,13 @@ def schedule(m: int, n: int, k: int, resident: int, rows: int = 128, **options: 
     return _C.cuda_schedule(m, n, k, rows=rows, resident=resident, **request)
 
 
+def starts_of(made: dict[str, Any]) -> list[int]:
+    """First K-tile of every block, and the end."""
+    inside = [b * made["tiles_per_block"] + min(b, made["extra"]) for b in range(made["list_blocks"])]
+    starts = [number * made["list_tiles"] + start for number in range(made["lists"]) for start in inside]
+    return [*starts, made["lists"] * made["list_tiles"]]
+
+
 @pytest.mark.parametrize("resident", [1, 7, 132, 528])
 @pytest.mark.parametrize(("n", "k"), [(8, 32), (576, 576), (4096, 4096), (14336, 4096), (128256, 8192)])
 @pytest.mark.parametrize("r", [0, 3, 128])
@@ -23,15 +30,25 @@ def test_every_tile_has_one_block(n: int, k: int, r: int, resident: int) -> None
     assert made["row_tiles"] == -(-n // 128)
     assert made["k_tiles"] == -(-k // 128) + -(-r // 32)
     assert 1 <= made["grid"] <= resident
-    starts = [b * made["tiles_per_block"] + min(b, made["extra"]) for b in range(made["grid"] + 1)]
+    starts = starts_of(made)
+    assert len(starts) == made["grid"] + 1
     assert (starts[0], starts[-1]) == (0, made["row_tiles"] * made["k_tiles"])
     lengths = {b - a for a, b in pairwise(starts)}
     assert max(lengths) - min(lengths) <= 1
     assert min(lengths) >= 1
 
 
-def test_blocks_are_not_split_finer_than_the_ring_is_deep() -> None:
-    assert schedule(1, 4096, 4096, 10_000)["grid"] == 4096 * 4096 // 128 // 128 // 4
+def test_row_tiles_are_cut_alike_unless_that_leaves_blocks_idle() -> None:
+    even = schedule(64, 4096, 4096, 132)
+    assert (even["lists"], even["list_blocks"], even["tiles_per_block"]) == (32, 4, 8)
+    one_list = schedule(64, 8960, 4096, 132)  # 70 row tiles: cut alike, half of the blocks would have nothing to do
+    assert (one_list["lists"], one_list["list_blocks"]) == (1, 132)
+    assert schedule(64, 128256, 4096, 132)["lists"] == 1  # more row tiles than blocks
+
+
+@pytest.mark.parametrize(("m", "least"), [(1, 4), (16, 4), (17, 8), (64, 8)])
+def test_blocks_are_not_split_too_finely(m: int, least: int) -> None:
+    assert schedule(m, 4096, 4096, 10_000)["grid"] == 4096 * 4096 // 128 // 128 // least
 
 
 @pytest.mark.parametrize(("m", "tokens"), [(1, 8), (8, 8), (9, 16), (17, 32), (33, 64), (64, 64), (200, 64)])

@@ -9,7 +9,9 @@
 
 namespace rosaq::cuda {
 
-constexpr int kMaxTokens = 64;    // of one launch: eight MMA tiles of 8 tokens
+constexpr int kMaxTokens = 64;  // of one launch: eight MMA tiles of 8 tokens
+// The kernel for a few tokens: warps of a block at most, and stages of a warp's ring.
+constexpr int kFewTokens = 8, kFewMaxWarps = 16, kFewStages = 3;
 constexpr int kSalientCols = 32;  // salient directions of one K-tile
 
 // Rotations that a block can apply to its own slice of x: one shared matrix of 32, 64 or 128.
@@ -23,13 +25,15 @@ constexpr int64_t slice_rotation_bytes(int64_t size, int64_t tokens) {
 // Words of the per-stream counters. All are zero between launches but the generation, which only ever grows.
 constexpr int kBarrierCount = 0, kBarrierGeneration = 1, kFirstTileCounter = 4;
 
-// How the work is cut. A K-tile is 128 k of low-bit weights or 32 salient directions, for `rows` rows of y;
-// the K-tiles of all row tiles form one list, and every block takes a contiguous part of it (Stream-K). Part
-// of every launch's parameters, so that device and host compute with the same numbers.
+// How the work is cut. A K-tile is 128 k of low-bit weights or 32 salient directions, for `rows` rows of y.
+// The K-tiles of a row tile form a list, or those of all row tiles one long list (Stream-K); `list_blocks`
+// blocks take a contiguous part of each list. Part of every launch's parameters, so that device and host
+// compute with the same numbers.
 struct Schedule {
-    int row_tiles, k_tiles;      // k_tiles: of one row tile, low-bit tiles first, then salient ones
-    int grid;                    // blocks
-    int tiles_per_block, extra;  // the first `extra` blocks take one K-tile more
+    int row_tiles, k_tiles;  // k_tiles: of one row tile, low-bit tiles first, then salient ones
+    int grid;                // blocks, lists x list_blocks
+    int lists, list_blocks, list_tiles;
+    int tiles_per_block, extra;  // the first `extra` blocks of a list take one K-tile more
     int projection_parts;        // cuts of k in which s = t * salient_basis is computed, 0 without a basis
 };
 

@@ -17,7 +17,6 @@ class GridBarrier {
         if (threadIdx.x != 0) return;
         // The generation cannot move between this read and our own arrival.
         generation_ = ptx::ld_acquire(counters_ + kBarrierGeneration);
-        ptx::fence_acq_rel_gpu();
         if (ptx::atom_add_acq_rel(counters_ + kBarrierCount, 1) == grid_ - 1) {
             ptx::st_release(counters_ + kBarrierCount, 0);
             ptx::st_release(counters_ + kBarrierGeneration, generation_ + 1);

@@ -10,17 +10,17 @@
 
 namespace rosaq::cuda {
 
-// sum[row tile][token tile of the warp][MMA register]: row 4 * gid + 2 * row_tile + register / 2, token 2 *
-// tid + register % 2.
-template <class Tile>
+// sum[row tile][token tile][MMA register]: row 4 * gid + 2 * row_tile + register / 2, token 2 * tid +
+// register % 2.
+template <int kTiles>
 struct Accumulator {
-    float sum[2][Tile::kWarpTiles][4];
+    float sum[2][kTiles][4];
 
     ROSAQ_DEVICE void clear() {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
 #pragma unroll
-            for (int t = 0; t < Tile::kWarpTiles; ++t)
+            for (int t = 0; t < kTiles; ++t)
 #pragma unroll
                 for (int j = 0; j < 4; ++j) sum[i][t][j] = 0.0f;
     }
@@ -29,10 +29,20 @@ struct Accumulator {
 // Registers of two MMA steps (32 k) of one token tile: 16 bytes of x.
 struct XFragment {
     uint32_t step[2][2];
-    ROSAQ_DEVICE XFragment(const unsigned char* x, int token_tile, int chunk, const Lane& at) {
-        const uint4 v =
-            *reinterpret_cast<const uint4*>(x + x_chunk_offset(token_tile * 8 + at.gid, chunk + at.tid));
+    ROSAQ_DEVICE explicit XFragment(const uint4& v) {
         step[0][0] = v.x, step[0][1] = v.y, step[1][0] = v.z, step[1][1] = v.w;
+    }
+    ROSAQ_DEVICE XFragment(const unsigned char* x, int token_tile, int chunk, const Lane& at)
+        : XFragment(
+              *reinterpret_cast<const uint4*>(x + x_chunk_offset(token_tile * 8 + at.gid, chunk + at.tid))) {}
+};
+
+// A K-tile's x in an x stage: fragments of (token tile, number of 32 k).
+struct StagedX {
+    const unsigned char* x;
+    const Lane& at;
+    ROSAQ_DEVICE XFragment operator()(int token_tile, int sub) const {
+        return XFragment(x, token_tile, sub * 4, at);
     }
 };
 
@@ -73,17 +83,15 @@ ROSAQ_DEVICE void add_scaled(float (&sum)[4], const float (&part)[4], const RowS
     for (int j = 0; j < 4; ++j) sum[j] += scales.of[row_tile * 2 + j / 2] * part[j];
 }
 
-// One block of k for the 32 rows of a warp. With few tokens the sums of a whole group are kept and scaled
-// once; with many there are no registers for that, and every 32 k are scaled.
-template <class Tile>
+// One block of k for the 32 rows of a warp and up to 16 tokens. The sums of a whole group are kept, and
+// scaled once.
+template <class Tile, class X>
 class BlockProduct {
   public:
     using T = typename Tile::T;
-    static constexpr bool kKeepsGroup = Tile::kTokenTiles <= 2;
 
-    ROSAQ_DEVICE BlockProduct(const GemmParams& p, const unsigned char* weights, const unsigned char* x,
-                              const Lane& at)
-        : p_(p), scales_(weights + Tile::kRecordBytes), x_(x), at_(at), first_tile_(at.token_tile<Tile>()) {
+    ROSAQ_DEVICE BlockProduct(const GemmParams& p, const unsigned char* weights, const X& x, const Lane& at)
+        : p_(p), scales_(weights + Tile::kRecordBytes), x_(x), at_(at) {
         group_shift_ = p.groups_per_block == 4 ? 0 : p.groups_per_block == 2 ? 1 : 2;
 #pragma unroll
         for (int plane = 0; plane < Tile::kBits; ++plane) {
@@ -96,106 +104,52 @@ class BlockProduct {
 
     // acc += W[32 rows, 32 k] x^T for part kSub of the block; to be called for 0, 1, 2, 3.
     template <int kSub>
-    ROSAQ_DEVICE void add(Accumulator<Tile>& acc) {
+    ROSAQ_DEVICE void add(Accumulator<Tile::kTokenTiles>& acc) {
         uint32_t a[2][2][4];
         decode<T, Tile::kBits, kSub>(words_, a);
         const int group = kSub >> group_shift_;
         if constexpr (!Tile::kSymmetric) subtract_zeros<Tile>(p_, a, scales_ + Tile::kScaleBytes, group, at_);
-        if constexpr (kKeepsGroup) {
 #pragma unroll
-            for (int t = 0; t < Tile::kWarpTiles; ++t) multiply<false>(a, t, kept_[0][t], kept_[1][t], kSub);
-            if (((kSub + 1) & ((1 << group_shift_) - 1)) != 0) return;
-            const RowScales scales(scales_, group, p_.scale_is_bf16, at_);
+        for (int t = 0; t < Tile::kTokenTiles; ++t) multiply(a, t, kSub);
+        if (((kSub + 1) & ((1 << group_shift_) - 1)) != 0) return;
+        const RowScales scales(scales_, group, p_.scale_is_bf16, at_);
 #pragma unroll
-            for (int t = 0; t < Tile::kWarpTiles; ++t)
+        for (int t = 0; t < Tile::kTokenTiles; ++t)
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    add_scaled(acc.sum[i][t], kept_[i][t], scales, i);
+            for (int i = 0; i < 2; ++i) {
+                add_scaled(acc.sum[i][t], kept_[i][t], scales, i);
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) kept_[i][t][j] = 0.0f;
-                }
-        } else {
-            const RowScales scales(scales_, group, p_.scale_is_bf16, at_);
-#pragma unroll
-            for (int t = 0; t < Tile::kWarpTiles; ++t) {
-                float low[4], high[4];
-                multiply<true>(a, t, low, high, kSub);
-                add_scaled(acc.sum[0][t], low, scales, 0);
-                add_scaled(acc.sum[1][t], high, scales, 1);
+                for (int j = 0; j < 4; ++j) kept_[i][t][j] = 0.0f;
             }
-        }
     }
 
   private:
-    // low and high, the sums of the two row tiles: added to, or set if this is where they start.
-    template <bool kFirst>
-    ROSAQ_DEVICE void multiply(const uint32_t (&a)[2][2][4], int token_tile, float (&low)[4],
-                               float (&high)[4], int sub) const {
-        const XFragment b(x_, first_tile_ + token_tile, sub * 4, at_);
-        if constexpr (kFirst) {
-            ptx::mma_m16n8k16_first<T>(low, a[0][0], b.step[0]);
-            ptx::mma_m16n8k16_first<T>(high, a[1][0], b.step[0]);
-        } else {
-            ptx::mma_m16n8k16<T>(low, a[0][0], b.step[0]);
-            ptx::mma_m16n8k16<T>(high, a[1][0], b.step[0]);
-        }
-        ptx::mma_m16n8k16<T>(low, a[0][1], b.step[1]);
-        ptx::mma_m16n8k16<T>(high, a[1][1], b.step[1]);
+    ROSAQ_DEVICE void multiply(const uint32_t (&a)[2][2][4], int token_tile, int sub) {
+        const XFragment b = x_(token_tile, sub);
+#pragma unroll
+        for (int step = 0; step < 2; ++step)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) ptx::mma_m16n8k16<T>(kept_[i][token_tile], a[i][step], b.step[step]);
     }
 
     const GemmParams& p_;
     const unsigned char* scales_;
-    const unsigned char* x_;
+    const X& x_;
     const Lane& at_;
-    int first_tile_, group_shift_;
+    int group_shift_;
     uint32_t words_[4 * Tile::kBits];
-    float kept_[2][kKeepsGroup ? Tile::kWarpTiles : 1][4] = {};
+    float kept_[2][Tile::kTokenTiles][4] = {};
 };
 
-template <class Tile>
-ROSAQ_DEVICE void multiply_block(const GemmParams& p, const unsigned char* weights, const unsigned char* x,
-                                 Accumulator<Tile>& acc, const Lane& at) {
-    BlockProduct<Tile> product(p, weights, x, at);
+// acc += W[32 rows of the warp, 128 k] x^T.
+template <class Tile, class X>
+ROSAQ_DEVICE void multiply_record(const GemmParams& p, const unsigned char* weights, const X& x,
+                                  Accumulator<Tile::kTokenTiles>& acc, const Lane& at) {
+    BlockProduct<Tile, X> product(p, weights, x, at);
     product.template add<0>(acc);
     product.template add<1>(acc);
     product.template add<2>(acc);
     product.template add<3>(acc);
-}
-
-// acc += C[32 rows of the warp, 32 directions] s^T.
-template <class Tile>
-ROSAQ_DEVICE void multiply_salient(const GemmParams& p, const unsigned char* weights, const unsigned char* s,
-                                   Accumulator<Tile>& acc, const Lane& at) {
-    using T = typename Tile::T;
-    uint32_t row[4][4];  // the lane's four rows x 8 directions
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        const int slot = salient_slot(at.gid * 4 + j);
-        const uint4 v =
-            *reinterpret_cast<const uint4*>(weights + slot * (kSalientCols * 2) + at.tid * kLoadBytes);
-        row[j][0] = v.x, row[j][1] = v.y, row[j][2] = v.z, row[j][3] = v.w;
-        if (p.salient_weight.dtype != Number<T>::kDType) {
-#pragma unroll
-            for (int w = 0; w < 4; ++w) {
-                const uint32_t low = bits16_in<T>(static_cast<uint16_t>(row[j][w]), p.salient_weight.dtype);
-                const uint32_t high =
-                    bits16_in<T>(static_cast<uint16_t>(row[j][w] >> 16), p.salient_weight.dtype);
-                row[j][w] = low | high << 16;
-            }
-        }
-    }
-#pragma unroll
-    for (int t = 0; t < Tile::kWarpTiles; ++t) {
-        const XFragment b(s, at.token_tile<Tile>() + t, 0, at);
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-            for (int step = 0; step < 2; ++step) {
-                const uint32_t a[4] = {row[2 * i][2 * step], row[2 * i + 1][2 * step],
-                                       row[2 * i][2 * step + 1], row[2 * i + 1][2 * step + 1]};
-                ptx::mma_m16n8k16<T>(acc.sum[i][t], a, b.step[step]);
-            }
-    }
 }
 
 }  // namespace rosaq::cuda

@@ -6,6 +6,7 @@
 // order.
 #pragma once
 
+#include "schedule.cuh"
 #include "tile.cuh"
 
 namespace rosaq::cuda {
@@ -85,7 +86,7 @@ template <class Tile>
 ROSAQ_DEVICE void rotate(const GemmParams& p, float* s_sums, const Lane& at) {
     using T = typename Tile::T;
     const int b = p.rotation_size;
-    for (int task = static_cast<int>(blockIdx.x); task < p.k / kTaskCols; task += p.schedule.grid) {
+    for (int task = block_of_grid(p.schedule); task < p.k / kTaskCols; task += p.schedule.grid) {
         const int col0 = task * kTaskCols, block = col0 / b;
         const auto* matrix = static_cast<const uint16_t*>(p.rotation.data);
         const SkinnyMatrix w{matrix + (p.rotation_blocks == 1 ? 0 : static_cast<int64_t>(block) * b * b), b,
@@ -109,7 +110,7 @@ ROSAQ_DEVICE void project(const GemmParams& p, float* s_sums, const Lane& at) {
     const int parts = p.schedule.projection_parts, col_tasks = ceil_div(p.r, kTaskCols);
     const int length = round_up(ceil_div(p.k, parts), 16);
     const T* t = static_cast<const T*>(p.t != nullptr ? p.t : p.x);
-    for (int task = static_cast<int>(blockIdx.x); task < parts * col_tasks; task += p.schedule.grid) {
+    for (int task = block_of_grid(p.schedule); task < parts * col_tasks; task += p.schedule.grid) {
         const int part = task / col_tasks, col0 = task % col_tasks * kTaskCols, begin = part * length;
         skinny_product<Tile>(t, p.k, p.m, 0, w, begin, min(begin + length, p.k), col0, s_sums, at);
         for (int i = static_cast<int>(threadIdx.x); i < p.m * kTaskCols; i += Tile::kThreads) {
@@ -122,29 +123,34 @@ ROSAQ_DEVICE void project(const GemmParams& p, float* s_sums, const Lane& at) {
     }
 }
 
-// The salient values of directions col0 .. col0 + 31 into an x stage, tokens x 32.
+// The salient values of directions col0 .. col0 + 31 into an x stage, tokens x 32. A thread has one
+// direction and every so many tokens, so its loads do not wait for each other.
 template <class Tile>
 ROSAQ_DEVICE void gather_salient(const GemmParams& p, int col0, unsigned char* x) {
     using T = typename Tile::T;
+    const Lane at(ptx::opaque(static_cast<int>(threadIdx.x)));
+    static_assert(kSalientCols == kLanes, "a lane has a direction");
+    const bool has_col = col0 + at.lane < p.r;
     const T* t = static_cast<const T*>(p.t != nullptr ? p.t : p.x);
-    for (int i = ptx::opaque(static_cast<int>(threadIdx.x)); i < Tile::kTokens * kSalientCols;
-         i += Tile::kThreads) {
-        const int token = i / kSalientCols, col = i % kSalientCols;
+    // The host cannot look at an index without waiting for the device: a bad one shows as NaN.
+    const int k = has_col && p.salient_index != nullptr ? p.salient_index[col0 + at.lane] : 0;
+    const bool exists = k >= 0 && k < p.k;
+#pragma unroll
+    for (int i = 0; i < Tile::kTokens / Tile::kWarps; ++i) {
+        const int token = at.warp + i * Tile::kWarps;
         T value = Number<T>::from_float(0.0f);
-        if (token < p.m && col0 + col < p.r) {
+        if (token < p.m && has_col) {
             if (p.salient_index != nullptr) {
-                // The host cannot look at an index without waiting for the device: a bad one shows as NaN.
-                const int k = p.salient_index[col0 + col];
-                const bool exists = k >= 0 && k < p.k;
                 value = exists ? t[static_cast<int64_t>(token) * p.k + k] : bits_as<T>(uint16_t{0x7fff});
             } else {
                 float sum = 0.0f;
                 for (int part = 0; part < p.schedule.projection_parts; ++part)
-                    sum += __ldcg(p.s_parts + (static_cast<int64_t>(part) * p.m + token) * p.r + col0 + col);
+                    sum +=
+                        __ldcg(p.s_parts + (static_cast<int64_t>(part) * p.m + token) * p.r + col0 + at.lane);
                 value = Number<T>::from_float(sum);
             }
         }
-        reinterpret_cast<T*>(x + x_chunk_offset(token, col / 8))[col % 8] = value;
+        reinterpret_cast<T*>(x + x_chunk_offset(token, at.lane / 8))[at.lane % 8] = value;
     }
 }
 

@@ -22,6 +22,7 @@ class SliceRotation {
     ROSAQ_DEVICE void load(const GemmParams& p) const {
         const SkinnyMatrix w{static_cast<const uint16_t*>(p.rotation.data), size_, size_, p.rotation.dtype};
         const int chunks = size_ / 32, count = size_ / kTaskCols * chunks * 2 * kLanes;
+#pragma unroll 4  // many loads under way
         for (int i = static_cast<int>(threadIdx.x); i < count; i += Tile::kThreads) {
             const Lane at(i % kLanes);
             const int step = i / kLanes % 2, chunk = i / (2 * kLanes) % chunks,

@@ -14,16 +14,18 @@ struct Tile {
     using T = T_;
     static constexpr int kBits = kBits_, kTokenTiles = kTokenTiles_;
     static constexpr bool kSymmetric = kSymmetric_;  // false: zero points where the blob has them
-    // From 32 tokens on, x is more bytes than the weights: more rows a block, so that it is fetched less
-    // often. The sums of more than 32 tokens do not fit the registers of a warp: two warps share a record,
-    // each for half of the tokens.
-    static constexpr int kWarps = kTokenTiles <= 2 ? 4 : 8;
-    static constexpr int kTokenGroups = kTokenTiles <= 4 ? 1 : 2, kRowWarps = kWarps / kTokenGroups;
-    static constexpr int kWarpTiles = kTokenTiles / kTokenGroups;  // of 8 tokens
+    // With more than 16 tokens two warps share a record, each for half of its k and all tokens: more warps
+    // hide more latency, and no weight is decoded twice. In the end each of the two has the sums of half the
+    // tokens.
+    static constexpr int kHalves = kTokenTiles <= 4 ? 1 : 2;
+    static constexpr int kRowWarps = 4, kWarps = kRowWarps * kHalves;
+    static constexpr int kWarpTiles = kTokenTiles / kHalves;  // of 8 tokens, that a warp brings to y
     static constexpr int kThreads = kWarps * kLanes, kRows = kRowWarps * kRecordRows,
                          kTokens = 8 * kTokenTiles;
     static constexpr int kSlabs = kRows / kSlabRows;
-    static constexpr int kStages = kTokenTiles <= 2 ? 4 : 3;
+    static constexpr int kStages = kTokenTiles <= 2 || kHalves == 2 ? 3 : 4;
+    // Blocks for which the registers of a multiprocessor have to do.
+    static constexpr int kBlocksPerSm = kTokenTiles <= 2 ? 4 : kTokenTiles == 4 ? 3 : 1;
 
     static constexpr int kMaxGroups = kBlockK / 32;  // of one block of k
     static constexpr int kRecordBytes = kLanes * kLoadBytes * kBits;
@@ -46,6 +48,8 @@ struct Tile {
     static_assert(kWarpBytes % kLoadBytes == 0, "every part starts 16-byte aligned");
     static_assert(kMaxSmemBytes <= 99 * 1024, "one block must fit the 100 KB of an sm_86 or sm_120 SM");
     static_assert(kWarps * 16 * kTokens * 4 <= kStages * kXBytes, "skinny products add up in the x stages");
+    static_assert(kHalves == 1 || kRowWarps * kWarpTiles * kLanes * 32 == kXBytes,
+                  "halves meet in an x stage");
 };
 
 // Byte offset of the 16-byte chunk (8 k) of a token in an x stage. A quarter warp reads two neighbouring
@@ -66,14 +70,19 @@ struct Lane {
         : warp(thread / kLanes), lane(thread % kLanes), gid(lane / 4), tid(lane % 4) {}
     ROSAQ_DEVICE Lane() : Lane(static_cast<int>(threadIdx.x)) {}
 
-    // Which record of the block's rows, and which of its token tiles of 8 (the first), are this warp's.
+    // Which record of the block's rows, which half of its k, and from which token tile of 8 on it brings sums
+    // to y.
     template <class Tile>
     ROSAQ_DEVICE int record() const {
         return warp % Tile::kRowWarps;
     }
     template <class Tile>
+    ROSAQ_DEVICE int half() const {
+        return warp / Tile::kRowWarps;
+    }
+    template <class Tile>
     ROSAQ_DEVICE int token_tile() const {
-        return warp / Tile::kRowWarps * Tile::kWarpTiles;
+        return half<Tile>() * Tile::kWarpTiles;
     }
 };
 

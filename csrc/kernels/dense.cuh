@@ -65,22 +65,38 @@ __global__ void __launch_bounds__(kUnitThreads)
     dequantize_rows<T, kBits, 3>(blob, shape, scale_is_bf16, words, at, lane, weight);
 }
 
-// weight[:, index[j]] += C[:, j], rounded once: where the codes of salient columns are zero points, as they
-// should be, the column is C. One thread a row; an index that comes twice adds up.
+// Rows of W that a block of add_salient_columns_kernel has.
+constexpr int kSalientRows = 32;
+
+// weight[:, index[j]] += sum of C[:, i] over all i of the same index, rounded once: where the codes of
+// salient columns are zero points, as they should be, the column is C. One thread a column of C and
+// kSalientRows rows (blockIdx.y); of columns with the same index the first adds them all.
 template <class T>
 __global__ void __launch_bounds__(kUnitThreads)
     add_salient_columns_kernel(SalientColumns salient, T* weight) {
-    const int64_t row = global_thread();
-    if (row >= salient.n) return;
-    for (int64_t j = 0; j < salient.r; ++j) {
-        const int64_t k = salient.index[j];
-        if (k < 0 || k >= salient.k) {  // as in the fused kernel: NaN, in every row and column
-            for (int64_t i = 0; i < salient.k; ++i)
-                weight[row * salient.k + i] = bits_as<T>(uint16_t{0x7fff});
-            return;
+    const int64_t j = global_thread();
+    if (j >= salient.r) return;
+    const int64_t k = salient.index[j];
+    bool is_alone = true;
+    for (int64_t i = 0; i < salient.r; ++i) {
+        if (i == j || salient.index[i] != k) continue;
+        if (i < j) return;
+        is_alone = false;
+    }
+    const bool exists = k >= 0 && k < salient.k;
+    const int64_t first = static_cast<int64_t>(blockIdx.y) * kSalientRows;
+#pragma unroll 8
+    for (int64_t row = first; row < first + kSalientRows; ++row) {
+        if (row >= salient.n) continue;
+        if (!exists) {  // as in the fused kernel: NaN for every token
+            weight[row * salient.k] = bits_as<T>(uint16_t{0x7fff});
+            continue;
         }
+        float sum = load_float(salient.weight, row * salient.r + j);
+        for (int64_t i = is_alone ? salient.r : j + 1; i < salient.r; ++i)
+            if (salient.index[i] == k) sum += load_float(salient.weight, row * salient.r + i);
         T& w = weight[row * salient.k + k];
-        w = Number<T>::from_float(Number<T>::to_float(w) + load_float(salient.weight, row * salient.r + j));
+        w = Number<T>::from_float(Number<T>::to_float(w) + sum);
     }
 }
 

@@ -9,22 +9,22 @@
 #include "../device/barrier.cuh"
 #include "../device/epilogue.cuh"
 #include "../device/load.cuh"
-#include "../device/multiply.cuh"
+#include "../device/multiply_halves.cuh"
 #include "../device/rotate.cuh"
 #include "../device/slice.cuh"
 
 namespace rosaq::cuda {
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1) fused_gemm_kernel(const GemmParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) fused_gemm_kernel(const GemmParams p) {
     ROSAQ_DYN_SMEM(smem);
     const Lane at;
     const Schedule& schedule = p.schedule;
-    const int first = first_tile_of(schedule, static_cast<int>(blockIdx.x));
-    const int last = first_tile_of(schedule, static_cast<int>(blockIdx.x) + 1);
+    const int list = static_cast<int>(blockIdx.y), part = static_cast<int>(blockIdx.x);
+    const int first = first_tile_of(schedule, list, part), last = first_tile_of(schedule, list, part + 1);
     constexpr int kAhead = Tile::kStages - 1;
 
-    Cursor now(schedule, first);
+    Cursor now(schedule, list, first);
     WeightStream<Tile> weights(p, now, at);
     for (int i = 0; i < kAhead; ++i)
         if (first + i < last) weights.fetch(weight_stage<Tile>(smem, i, at), at);
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) fused_gemm_kernel(const Gem
         ptx::cp_async_commit();
     }
 
-    Accumulator<Tile> acc;
+    Accumulator<Tile::kTokenTiles> acc;
     acc.clear();
     int stage = 0, free_stage = kAhead;
     for (int tile = first; tile < last; ++tile) {
@@ -75,10 +75,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) fused_gemm_kernel(const Gem
             is_projected = true;
             gather_salient<Tile>(p, (now.k_tile - p.k_blocks) * kSalientCols, x_tile);
             __syncthreads();
-            if (has_rows) multiply_salient<Tile>(p, w_tile, x_tile, acc, at);
+            if (has_rows) multiply_salient<Tile>(p, w_tile, x_tile, acc);
         }
         if (now.k_tile == schedule.k_tiles - 1 || tile == last - 1) {
-            finish_row_tile<Tile>(p, now.row_tile, acc);
+            finish_row_tile<Tile>(p, first, now.row_tile, acc, x_stage<Tile>(smem, stage));
             acc.clear();
         }
         now.advance(schedule);

@@ -25,7 +25,8 @@ cudaError_t dequantize(const uint8_t* blob, const BlobShape& shape, int bits, bo
 
 cudaError_t add_salient_columns(const SalientColumns& salient, DType dtype, void* weight,
                                 cudaStream_t stream) {
-    const unsigned blocks = blocks_for(salient.n);
+    const dim3 blocks(blocks_for(salient.r),
+                      static_cast<unsigned>(ceil_div<int64_t>(salient.n, kSalientRows)));
     if (dtype == DType::kFloat16)
         add_salient_columns_kernel<<<blocks, kUnitThreads, 0, stream>>>(salient,
                                                                         static_cast<__half*>(weight));

@@ -3,31 +3,55 @@
 
 #include <atomic>
 
+#include "../kernels/few_tokens.cuh"
 #include "launch.h"
 #include "shape_of.cuh"
 
 namespace rosaq::cuda {
 
-// More dynamic shared memory than 48 KB has to be asked for, once for every device.
-template <class Tile>
-cudaError_t allow_shared_memory() {
-    static std::atomic<uint64_t> done{0};
+// More dynamic shared memory than 48 KB has to be asked for, once for every device (and every `done`, one a
+// kernel).
+inline cudaError_t allow_shared_memory(const void* kernel, int bytes, std::atomic<uint64_t>& done) {
     int device = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error != cudaSuccess) return error;
     const uint64_t bit = uint64_t{1} << (device % 64);
     if (device < 64 && (done.load(std::memory_order_acquire) & bit) != 0) return cudaSuccess;
-    error = cudaFuncSetAttribute(fused_gemm_kernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 Tile::kMaxSmemBytes);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_release);
     return error;
+}
+
+template <class Tile>
+cudaError_t allow_shared_memory() {
+    static std::atomic<uint64_t> done{0};
+    return allow_shared_memory(reinterpret_cast<const void*>(fused_gemm_kernel<Tile>), Tile::kMaxSmemBytes,
+                               done);
+}
+
+template <class Tile>
+constexpr int kFewWarpBytes = kFewStages * Tile::kWarpBytes;
+
+template <class Tile>
+cudaError_t launch_few_tokens(const GemmParams& p, int warps, cudaStream_t stream) {
+    static std::atomic<uint64_t> done[2];  // of half and of all warps
+    const int bytes = warps * kFewWarpBytes<Tile>;
+    const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(few_tokens_kernel<Tile>),
+                                                  bytes, done[warps == kFewMaxWarps]);
+    if (error != cudaSuccess) return error;
+    const auto blocks = static_cast<unsigned>(ceil_div(p.n, kRecordRows));
+    few_tokens_kernel<Tile>
+        <<<blocks, static_cast<unsigned>(warps) * kLanes, static_cast<size_t>(bytes), stream>>>(p);
+    return cudaGetLastError();
 }
 
 template <class Tile>
 cudaError_t launch_fused_gemm(const GemmParams& p, cudaStream_t stream) {
     const cudaError_t error = allow_shared_memory<Tile>();
     if (error != cudaSuccess) return error;
-    const dim3 grid(static_cast<unsigned>(p.schedule.grid)), block(Tile::kThreads);
+    const Schedule& s = p.schedule;
+    const dim3 grid(static_cast<unsigned>(s.list_blocks), static_cast<unsigned>(s.lists)),
+        block(Tile::kThreads);
     const size_t smem = static_cast<size_t>(smem_bytes(p, shape_of<Tile>()));
     if (needs_all_blocks(p)) {
         // Also beside other grids of that kind, which only a cooperative launch promises.

@@ -35,13 +35,15 @@ class Instance:
         return f"Tile<{DTYPES[self.dtype]}, {self.bits}, {str(self.symmetric).lower()}, {self.token_tiles}>"
 
     def source(self) -> str:
+        tile = f"{self.name}_tile"
+        few = f"launch_few_tokens<{tile}>, kFewWarpBytes<{tile}>" if self.token_tiles == 1 else "nullptr, 0"
         return (
             f'{NOTE}#include "../fused_gemm_launch.cuh"\n\n'
             f"namespace rosaq::cuda {{\n\n"
             f"using {self.name}_tile = {self.tile};\n"
             f"extern const Instance {self.name};\n"
             f"const Instance {self.name} = {{shape_of<{self.name}_tile>(), launch_fused_gemm<{self.name}_tile>,\n"
-            f"    blocks_per_sm<{self.name}_tile>}};\n\n"
+            f"    blocks_per_sm<{self.name}_tile>, {few}}};\n\n"
             f"}}  // namespace rosaq::cuda\n"
         )
 

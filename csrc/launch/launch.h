@@ -15,6 +15,10 @@ struct Instance {
     InstanceShape shape;
     cudaError_t (*launch)(const GemmParams&, cudaStream_t);
     cudaError_t (*blocks_per_sm)(const GemmParams&, int* blocks);
+    // Of the instances for 8 tokens (else null): the kernel for a few tokens with so many warps a block, and
+    // the shared memory of each warp. Of p's schedule it reads k_tiles only; it needs no scratch.
+    cudaError_t (*launch_few)(const GemmParams&, int warps, cudaStream_t);
+    int few_warp_bytes;
 };
 
 // The instance for up to `tokens` tokens (8, 16, 32, 64), or null.

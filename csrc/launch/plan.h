@@ -9,7 +9,7 @@ namespace rosaq::cuda {
 
 // From here on it is cheaper to dequantise W once and use the framework's matmul than to stream it for every
 // 64 tokens.
-constexpr int64_t kMaxFusedTokens = 256;
+constexpr int64_t kMaxFusedTokens = 128;
 
 // What a compiled instance of the kernel takes; kTokenTiles, rows and shared memory follow from its Tile.
 struct InstanceShape {
@@ -29,7 +29,8 @@ inline int tokens_for(int64_t m) {
 struct Problem {
     int64_t m, n, k, r;
     bool has_basis;
-    bool has_rotation;  // of all of x before the products, not of slices
+    bool has_rotation;  // of all of x before the products
+    bool rotates_slices;
 };
 
 // Whether blocks rotate their own slices: few tokens, one shared matrix of a size they can hold, and nobody
@@ -47,7 +48,20 @@ inline Problem problem_of(const FusedGemmArgs& a) {
             a.weight.k,
             a.r,
             a.salient_basis.data != nullptr,
-            a.rotation_size != 0 && !rotates_slices(a)};
+            a.rotation_size != 0 && !rotates_slices(a),
+            rotates_slices(a)};
+}
+
+// Whether the kernel for a few tokens takes a call.
+inline bool is_few_tokens(const FusedGemmArgs& a) {
+    return a.m <= kFewTokens && a.rotation_size == 0 && a.salient_basis.data == nullptr;
+}
+
+// Warps of one of its blocks on a device of so many multiprocessors: all that a block may have where there
+// are not two blocks for each of them.
+inline int few_tokens_warps(int64_t n, int64_t sms, int64_t smem_per_warp, int64_t smem_per_block) {
+    const bool has_room = kFewMaxWarps * smem_per_warp <= smem_per_block;
+    return has_room && ceil_div<int64_t>(n, kRecordRows) < 2 * sms ? kFewMaxWarps : kFewMaxWarps / 2;
 }
 
 // Dynamic shared memory of a block.
@@ -61,21 +75,39 @@ inline bool needs_all_blocks(const GemmParams& p) {
     return (p.rotation_size != 0 && !p.rotates_slices) || p.schedule.projection_parts != 0;
 }
 
-// Blocks should have enough K-tiles to fill the ring: fewer, and adding up partial sums costs more than it
-// spreads.
-constexpr int64_t kLeastTilesPerBlock = 4;
+// Fewer K-tiles for a block, and adding up partial sums costs more than it spreads; a block that rotates its
+// slices has to lay the matrix out first.
+constexpr int64_t least_tiles_per_block(int tokens, bool rotates_slices) {
+    return tokens > 16 || rotates_slices ? 8 : 4;
+}
+// What it costs a block to have parts of two row tiles instead of one, in K-tiles.
+constexpr int64_t kSecondRowTile = 2;
 constexpr int64_t kMaxProjectionParts = 16, kProjectionK = 512;
+
+// K-tiles of one row tile.
+inline int k_tiles_of(int64_t k, int64_t r) {
+    return static_cast<int>(ceil_div<int64_t>(k, kBlockK) + ceil_div<int64_t>(r, kSalientCols));
+}
 
 // The schedule of one launch of m <= shape.tokens tokens on a device that holds `resident` blocks at a time.
 inline Schedule make_schedule(const Problem& problem, const InstanceShape& shape, int resident) {
     Schedule s{};
     s.row_tiles = static_cast<int>(ceil_div<int64_t>(problem.n, shape.rows));
-    s.k_tiles =
-        static_cast<int>(ceil_div<int64_t>(problem.k, kBlockK) + ceil_div<int64_t>(problem.r, kSalientCols));
+    s.k_tiles = k_tiles_of(problem.k, problem.r);
     const int64_t tiles = int64_t{s.row_tiles} * s.k_tiles;
-    s.grid = static_cast<int>(std::clamp<int64_t>(ceil_div(tiles, kLeastTilesPerBlock), 1, resident));
-    s.tiles_per_block = static_cast<int>(tiles / s.grid);
-    s.extra = static_cast<int>(tiles % s.grid);
+    const int64_t least = least_tiles_per_block(shape.tokens, problem.rotates_slices);
+    const int64_t most = std::clamp<int64_t>(ceil_div(tiles, least), 1, resident);
+    // The same number of blocks for every row tile, or one list of all K-tiles where that leaves too many
+    // idle.
+    const int64_t parts = std::min<int64_t>(most / s.row_tiles, s.k_tiles);
+    const bool is_even =
+        parts > 0 && ceil_div<int64_t>(s.k_tiles, parts) <= ceil_div(tiles, most) + kSecondRowTile;
+    s.lists = is_even ? s.row_tiles : 1;
+    s.list_blocks = static_cast<int>(is_even ? parts : most);
+    s.list_tiles = static_cast<int>(is_even ? s.k_tiles : tiles);
+    s.grid = s.lists * s.list_blocks;
+    s.tiles_per_block = s.list_tiles / s.list_blocks;
+    s.extra = s.list_tiles % s.list_blocks;
     if (problem.has_basis)
         s.projection_parts =
             static_cast<int>(std::clamp<int64_t>(problem.k / kProjectionK, 1, kMaxProjectionParts));

@@ -39,6 +39,22 @@ std::string text_of(const cuda::Problem& problem, const FusedGemmArgs& a, const 
     return out.str();
 }
 
+// Up to 8 tokens and nothing to be done to x first: no scratch, no counters.
+void run_few(FusedGemmCall& call, const CudaWeight& weight, Tensor& y, const DeviceFacts& facts,
+             cudaStream_t stream) {
+    const FusedGemmArgs& a = call.args;
+    const cuda::Instance* instance =
+        cuda::find_instance(a.x.dtype, a.weight.bits, a.weight.symmetric, cuda::kFewTokens);
+    ROSAQ_CHECK(instance != nullptr, kOp, ": x: got ", a.m, " tokens, for which no kernel was built");
+    cuda::GemmParams p = cuda::params_of(a, weight.layout, weight.blob);
+    p.m = static_cast<int>(a.m), p.x = a.x.data, p.y = y.mutable_data_ptr();
+    p.schedule.k_tiles = cuda::k_tiles_of(a.weight.k, a.r);
+    const int warps =
+        cuda::few_tokens_warps(a.weight.n, facts.sms, instance->few_warp_bytes, facts.smem_per_block);
+    const cudaError_t error = instance->launch_few(p, warps, stream);
+    check_cuda(kOp, error, "few_tokens_kernel with " + std::to_string(warps) + " warps a block");
+}
+
 // Up to kMaxFusedTokens tokens: one launch for every 64.
 void run_fused(FusedGemmCall& call, const CudaWeight& weight, Tensor& y, const DeviceFacts& facts,
                cudaStream_t stream) {
@@ -97,7 +113,9 @@ Tensor fused_gemm(const Tensor& x, const Tensor& packed, std::optional<Tensor> s
     if (call.args.m == 0) return y;
     const cudaStream_t stream = current_stream(kOp, device);
     const DeviceFacts& facts = device_facts(kOp, device);
-    if (call.args.m <= cuda::kMaxFusedTokens)
+    if (cuda::is_few_tokens(call.args))
+        run_few(call, weight, y, facts, stream);
+    else if (call.args.m <= cuda::kMaxFusedTokens)
         run_fused(call, weight, y, facts, stream);
     else
         y = many_tokens(call, weight, stream);

@@ -58,6 +58,13 @@ void run_fused(const FusedGemmArgs& a, const uint8_t* blob, int* counters, int r
     const EmulatedInstance instance = find(a.x.dtype, a.weight.bits, a.weight.symmetric, tokens_for(a.m));
     const Problem problem = problem_of(a);
     GemmParams p = params_of(a, shape.layout, blob);
+    if (is_few_tokens(a)) {
+        p.m = static_cast<int>(a.m), p.x = a.x.data, p.y = a.y;
+        p.schedule.k_tiles = k_tiles_of(a.weight.k, a.r);
+        // As on a device of so many multiprocessors: few of them, and blocks have half of the warps.
+        instance.launch_few(p, few_tokens_warps(a.weight.n, resident, 1, kFewMaxWarps), options);
+        return;
+    }
     p.schedule = make_schedule(problem, instance.shape, resident);
     if (needs_all_blocks(p)) options.resident_blocks = p.schedule.grid;  // a cooperative launch
     const Scratch scratch = scratch_of(problem, instance.shape, p.schedule);
@@ -160,12 +167,14 @@ int fused_gemm(const LaunchOptions* options, const FusedGemmArgs* args, const vo
 int fused_add_salient(const LaunchOptions* options, const FusedGemmArgs* a, void* weight) {
     return emu::guarded([&] {
         const SalientColumns salient{a->salient_weight, a->salient_index, a->weight.n, a->r, a->weight.k};
+        const dim3 grid(blocks_for(salient.r),
+                        static_cast<unsigned>(ceil_div<int64_t>(salient.n, kSalientRows)));
         if (a->x.dtype == DType::kFloat16)
-            launch_units(add_salient_columns_kernel<__half>, salient.n, *options, salient,
-                         static_cast<__half*>(weight));
+            emu::launch(add_salient_columns_kernel<__half>, grid, dim3(kUnitThreads), 0, *options, salient,
+                        static_cast<__half*>(weight));
         else
-            launch_units(add_salient_columns_kernel<__nv_bfloat16>, salient.n, *options, salient,
-                         static_cast<__nv_bfloat16*>(weight));
+            emu::launch(add_salient_columns_kernel<__nv_bfloat16>, grid, dim3(kUnitThreads), 0, *options,
+                        salient, static_cast<__nv_bfloat16*>(weight));
     });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "emulator/emulator.h"
+#include "kernels/few_tokens.cuh"
 #include "launch/shape_of.cuh"
 
 namespace emulator_tests {
@@ -10,15 +11,29 @@ namespace emulator_tests {
 struct EmulatedInstance {
     rosaq::cuda::InstanceShape shape;
     void (*launch)(const rosaq::cuda::GemmParams&, const emu::LaunchOptions&);
+    void (*launch_few)(const rosaq::cuda::GemmParams&, int warps, const emu::LaunchOptions&) = nullptr;
 };
 
 template <class Tile>
 EmulatedInstance instance() {
     using rosaq::cuda::shape_of;
     return {shape_of<Tile>(), [](const rosaq::cuda::GemmParams& p, const emu::LaunchOptions& options) {
-                emu::launch(rosaq::cuda::fused_gemm_kernel<Tile>, dim3(p.schedule.grid), dim3(Tile::kThreads),
+                emu::launch(rosaq::cuda::fused_gemm_kernel<Tile>,
+                            dim3(p.schedule.list_blocks, p.schedule.lists), dim3(Tile::kThreads),
                             static_cast<size_t>(rosaq::cuda::smem_bytes(p, shape_of<Tile>())), options, p);
             }};
+}
+
+// With the kernel for a few tokens.
+template <class Tile>
+EmulatedInstance instance_with_few() {
+    EmulatedInstance made = instance<Tile>();
+    made.launch_few = [](const rosaq::cuda::GemmParams& p, int warps, const emu::LaunchOptions& options) {
+        using namespace rosaq::cuda;
+        emu::launch(few_tokens_kernel<Tile>, dim3(rosaq::ceil_div(p.n, kRecordRows)), dim3(warps * kLanes),
+                    static_cast<size_t>(warps) * kFewStages * Tile::kWarpBytes, options, p);
+    };
+    return made;
 }
 
 // The instance of a dtype and width for up to `tokens` tokens.
@@ -29,7 +44,8 @@ template <class T, int kBits>
 EmulatedInstance find_instance_here(bool symmetric, int tokens) {
     using rosaq::cuda::Tile;
     if (tokens == 8)
-        return symmetric ? instance<Tile<T, kBits, true, 1>>() : instance<Tile<T, kBits, false, 1>>();
+        return symmetric ? instance_with_few<Tile<T, kBits, true, 1>>()
+                         : instance_with_few<Tile<T, kBits, false, 1>>();
     if (tokens == 16)
         return symmetric ? instance<Tile<T, kBits, true, 2>>() : instance<Tile<T, kBits, false, 2>>();
     return tokens == 32 ? instance<Tile<T, kBits, false, 4>>() : instance<Tile<T, kBits, false, 8>>();
