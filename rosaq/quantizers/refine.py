@@ -57,7 +57,7 @@ def refit_scales(
     size, r = k // groups, len(index)
     steps = (codes - _widened(grid, k).zero).double()  # [n, k]: the weight in units of its scale
     steps[:, index] = 0
-    matrix = torch.empty(n, groups + r, groups + r, dtype=torch.float64)
+    matrix = torch.empty(n, groups + r, groups + r, dtype=torch.float64, device=codes.device)
     for group in range(groups):
         columns = slice(group * size, (group + 1) * size)
         product = steps[:, columns] @ gram[columns, group * size :]  # [n, k] from here on: the matrix is symmetric
@@ -87,7 +87,7 @@ def sweep_codes(
     w_hat[:, salient] = salient_weight
     slope = (w_hat - w) @ narrow  # half the gradient of the loss, [n, k]
     for columns in torch.nonzero(~salient).flatten().split(_PANEL):
-        panel, moved = slope[:, columns].T.contiguous(), torch.empty(len(columns), n)
+        panel, moved = slope[:, columns].T.contiguous(), torch.empty(len(columns), n, device=w.device)
         inside = narrow[columns][:, columns]
         for i, j in enumerate(columns.tolist()):
             step = Grid(wide.scale[:, j], wide.zero[:, j])
