@@ -63,7 +63,8 @@ def refit_scales(
         product = steps[:, columns] @ gram[columns, group * size :]  # [n, k] from here on: the matrix is symmetric
         cross = (product * steps[:, group * size :]).view(n, groups - group, size).sum(-1)
         matrix[:, group, group:groups] = matrix[:, group:groups, group] = cross
-    onto = (steps.view(n, groups, 1, size) @ gram[:, index].view(groups, size, r)).squeeze(2)  # [n, groups, r]
+    # group by group, [n, groups, r]: a product that broadcasts over the rows would copy the second moments for each
+    onto = torch.einsum("ngs,gsr->ngr", steps.view(n, groups, size), gram[:, index].view(groups, size, r))
     matrix[:, :groups, groups:], matrix[:, groups:, :groups] = onto, onto.transpose(1, 2)
     matrix[:, groups:, groups:] = gram[index][:, index]
     right = torch.cat([(target * steps).view(n, groups, size).sum(-1), target[:, index]], 1)
