@@ -232,9 +232,9 @@ class CalibrationSpec:
 
     expansion   copies of every sequence, each rolled by another multiple of length / expansion (RSQ's data expansion: a
                 token then stands at several positions).
-    bf16        matrix products of the passes over the text in bfloat16, where the CPU has instructions for it (what
-                that saves is in DESIGN.md 4). Second moments, rotations, grids and the proof that rotating changed
-                nothing stay in float32 and float64.
+    bf16        matrix products of the passes over the text in bfloat16, where the device has instructions for it
+                (what that saves is in DESIGN.md 4). Second moments, rotations, grids and the proof that rotating
+                changed nothing stay in float32 and float64.
     """
 
     num_sequences: int = 64

@@ -12,7 +12,7 @@ from rosaq.config import LinearFormat
 from tests.models import save_rosaq
 
 PACKAGE = Path(rosaq.__file__).parent
-SHARED = {"config", "specs", "layout"}
+SHARED = {"config", "devices", "specs", "layout"}
 RUN_TIME = {
     "reference",
     "ops",
@@ -42,6 +42,7 @@ BESIDE = {
 MAY_IMPORT = {
     "rosaq": {"ops"},
     "config": set(),
+    "devices": set(),
     "specs": {"config"},
     "layout": {"config"},
     "reference": {"config", "layout"},
@@ -62,6 +63,7 @@ MAY_IMPORT = {
     "recipes": {"config", "specs"},
     "pipeline": {
         "config",
+        "devices",
         "specs",
         "layout",
         "models",
@@ -87,7 +89,7 @@ MAY_IMPORT = {
         "integrations",
     },
     "conversion": {"config", "ops", "linear", "experts", "checkpoint", "integrations"},
-    "evaluation": {"config", "checkpoint", "integrations", "linear", "text"},
+    "evaluation": {"config", "devices", "ops", "checkpoint", "integrations", "linear", "text"},
     "report": {"config", "checkpoint"},
     "doctor": {"_C", "ops", "report"},
     "demo": {"rosaq", "config", "specs", "evaluation", "report"},

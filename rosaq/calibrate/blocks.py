@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rosaq.experts import Experts, replace_fused, routed
@@ -61,10 +62,12 @@ class _Recorder(nn.Module):
 class BlockModel:
     """The blocks of a causal language model as functions of (weights, hidden states).
 
-    directory: a local Hugging Face model directory; only config.json is read here.
+    directory: a local Hugging Face model directory; only config.json is read here. device: where weights and hidden
+    states will be, None: the CPU.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
         self.config = AutoConfig.from_pretrained(directory)
         family = family_of(self.config.model_type)
         if getattr(self.config, "quantization_config", None) is not None:
@@ -75,7 +78,7 @@ class BlockModel:
             self._model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation="sdpa")
             replace_fused(self._model)
         self._model.eval()
-        _compute_buffers(self._model)
+        _compute_buffers(self._model, self.device)
         self._blocks = list(self._model.get_submodule(self.family.blocks))
         self._check_blocks()
         self.is_bf16 = False  # whether matrix products are in bfloat16
@@ -94,9 +97,8 @@ class BlockModel:
 
     def in_bf16(self) -> BlockModel:
         """This model with matrix products in bfloat16, everything between them and the hidden states in float32; itself
-        on a CPU without instructions for it, where that would be slower."""
-        has = torch.cpu.get_capabilities()
-        if not any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+        on a device without instructions for it, where that would be slower."""
+        if not _multiplies_bf16(self.device):
             return self
         result = copy.copy(self)
         result.is_bf16 = True
@@ -104,7 +106,14 @@ class BlockModel:
 
     def products(self) -> torch.autocast:
         """The context that this model's matrix products run in."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.is_bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bf16)
+
+    def _attention(self) -> contextlib.AbstractContextManager[None]:
+        """The context that attention runs in. Where gradients come back on a GPU, the plain kernels: the fast ones add
+        gradients up in the order in which threads finish, and a run that is resumed would end with other bits."""
+        if self.device.type == "cuda" and torch.is_grad_enabled():
+            return sdpa_kernel(SDPBackend.MATH)
+        return contextlib.nullcontext()
 
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
         """{path inside a block: (in_features, out_features)} of every linear of the family's table."""
@@ -143,7 +152,7 @@ class BlockModel:
     def forward(self, index: int, tensors: Tensors, hidden: Tensor) -> Tensor:
         """Block `index` with the given weights: hidden [batch, length, hidden] -> the same shape, differentiable."""
         kwargs = self._call_arguments(hidden)[index]
-        with self.products():
+        with self.products(), self._attention():
             out = functional_call(self._blocks[index], tensors, (hidden,), kwargs, strict=True)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
@@ -284,9 +293,17 @@ class BlockModel:
             )
 
 
-def _compute_buffers(model: nn.Module) -> None:
+def _multiplies_bf16(device: torch.device) -> bool:
+    """True where `device` has instructions for matrix products in bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _compute_buffers(model: nn.Module, device: torch.device) -> None:
     """Give the buffers that are computed rather than stored (rotary frequencies, embedding scales) their values: on the
-    meta device they have none. By transformers' own way, which `from_pretrained` takes too."""
+    meta device they have none. By transformers' own way, which `from_pretrained` takes too. Made on the CPU."""
     for name, module in model.named_modules():
         buffers = {key: module._buffers[key] for key in module._non_persistent_buffers_set if key in module._buffers}
         for key, buffer in buffers.items():
@@ -298,3 +315,5 @@ def _compute_buffers(model: nn.Module) -> None:
         for key in buffers:
             if (value := module._buffers[key]) is not None and value.isnan().any():
                 raise ValueError(f"model: {name}.{key}: got a buffer that its model does not compute, need one it does")
+            if value is not None:
+                module._buffers[key] = value.to(device)

@@ -46,11 +46,11 @@ class Gram:
     """Running G [k, k] = sum of w_t x_t x_tᵀ / sum of w_t over all tokens added.
 
     Precision: |error of G_ij| <= 2**-20 sqrt(G_ii G_jj), whatever the number of tokens (float32 over 1024 tokens, then
-    float64). The result depends on the batches only in those last bits.
+    float64). `device`: of the tokens, None: the CPU. The result depends on the batches only in those last bits.
     """
 
-    def __init__(self, in_features: int) -> None:
-        self._sum = torch.zeros(in_features, in_features, dtype=torch.float64)
+    def __init__(self, in_features: int, device: torch.device | None = None) -> None:
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         self._weight = 0.0
 
     def add_tokens(self, tokens: Tokens) -> None:

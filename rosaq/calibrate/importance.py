@@ -54,7 +54,7 @@ def token_importance(
     if spec.strategy == "uniform":
         return None
     if spec.strategy == "chunks":
-        return chunk_importance(hidden.shape[0], hidden.shape[1], spec).flatten()
+        return chunk_importance(hidden.shape[0], hidden.shape[1], spec).flatten().to(hidden.device)
     if spec.strategy == "attention":
         scores = model.attention_received(index, weights, hidden)
     elif spec.strategy == "norm":
@@ -75,7 +75,7 @@ def importance_summary(importance: list[Tensor | None]) -> dict[str, Any] | None
     given = [weight for weight in importance if weight is not None]
     if not given:
         return None
-    weights = gather(torch.cat(given)).double()
+    weights = gather(torch.cat(given).cpu()).double()
     bins = torch.bucketize(weights, 2.0 ** torch.arange(-2.0, 7.0, dtype=torch.float64), right=True)
     share = torch.bincount(bins, minlength=10).double() / len(weights)
     effective = weights.sum().square() / (len(weights) * weights.square().sum())

@@ -55,7 +55,8 @@ def _of_predictions(
         leaf = part.clone().requires_grad_()
         normed = model.final_norm(leaf, gain)
         probabilities = (normed.detach() @ head.T).softmax(-1)
-        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        # drawn on the CPU: a seed means the same labels on every device
+        labels = torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(head.device)
         found.append(torch.autograd.grad(normed, leaf, head[labels] - probabilities @ head)[0])
     return torch.cat(found).view_as(hidden)
 
@@ -80,7 +81,7 @@ def _through_block_at_once(
     found = torch.autograd.grad(out, [leaf, *(outputs[name] for name in names)], gradient)
     squares = {name: g.float().square().sum(-1) for name, g in zip(names, found[1:], strict=True)}
     for name, routed in tokens.items():
-        everywhere = torch.zeros(hidden.shape[:2])
+        everywhere = torch.zeros(hidden.shape[:2], device=hidden.device)
         if name in squares:
             everywhere.view(-1)[routed] = squares[name]
         squares[name] = everywhere

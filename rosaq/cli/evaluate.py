@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from rosaq.cli.options import Documents, JsonFile
+from rosaq.cli.options import Device, Documents, JsonFile
 from rosaq.evaluation import PasskeyResult, check_tasks, evaluate, find_passkeys, load_subject, run_tasks
 from rosaq.report.progress import count_progress
 from rosaq.report.record import write_record
@@ -28,6 +28,7 @@ def eval_command(
     task_path: Annotated[Path | None, typer.Option(help="Directory of your own lm-eval task files.")] = None,
     task_limit: Annotated[int | None, typer.Option(help="Questions per task. Default: all.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
     """Measure perplexity, KL divergence to a reference model, downstream tasks and passkey retrieval."""
@@ -36,11 +37,11 @@ def eval_command(
     names = [] if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
     if tasks is not None:
         check_tasks(names, task_path)
-    subject = load_subject(model, dtype)
+    subject = load_subject(model, dtype, device=device)
     for option, values in (("context", contexts), ("passkey", lengths)):
         for value in values:  # all of them before the first run, which may take an hour
             subject.check_length(option, value)
-    other = load_subject(reference, dtype) if reference is not None else None
+    other = load_subject(reference, dtype, device=device) if reference is not None else None
     console, results, others = Console(), [], dict[str, Any]()
     for length in contexts:
         with count_progress("evaluating", f"windows of {length}") as progress:
@@ -59,7 +60,14 @@ def eval_command(
         console.print(tasks_table(others["tasks"]))
     if json_file:
         asked = request | {"model": model, "context": contexts[0] if len(contexts) == 1 else contexts}
-        asked |= {"reference": reference, "dtype": dtype, "passkey": lengths, "tasks": names, "task_limit": task_limit}
+        asked |= {
+            "reference": reference,
+            "dtype": dtype,
+            "device": device,
+            "passkey": lengths,
+            "tasks": names,
+            "task_limit": task_limit,
+        }
         write_record(json_file, "eval", asked, results[0] if len(results) == 1 else results, **others)
 
 

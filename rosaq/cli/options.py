@@ -10,6 +10,7 @@ import typer
 from rosaq.text import builtin_text, read_text, select_documents
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write request, result and environment here.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N: what computes.")]
 Documents = Annotated[str | None, typer.Option(help="START:STOP, the part of the documents to use.")]
 
 

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 import rosaq
-from rosaq.cli.options import Documents, JsonFile, calibration_documents
+from rosaq.cli.options import Device, Documents, JsonFile, calibration_documents
 from rosaq.recipes import RECIPES, preset_of
 from rosaq.report.progress import quantize_progress
 from rosaq.report.record import write_record
@@ -26,6 +26,7 @@ def quantize_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="New directory for the checkpoint.")],
     recipe: Annotated[str, typer.Option(help=f"{', '.join(RECIPES)}.")] = "rosaq-gptq",
     preset: Annotated[str, typer.Option(help="fast, default or best: how much work goes into it.")] = "default",
+    device: Device = "cpu",
     bits: Annotated[
         int | None, typer.Option(help="3 or 4, everywhere. Default: a mixture under --target-bits, or 3.")
     ] = None,
@@ -64,6 +65,7 @@ def quantize_command(
     request: dict[str, Any] = {
         "recipe": recipe,
         "preset": preset,
+        "device": device,
         "bits": bits,
         "group_size": group_size,
         "symmetric": symmetric,
@@ -75,7 +77,7 @@ def quantize_command(
         "force": force,
         "resume": resume,
     }
-    with process_group() as is_first, quantize_progress() as progress:
+    with process_group(device) as is_first, quantize_progress() as progress:
         text = calibration_documents(calibration, documents)
         result = rosaq.quantize(model, output, calibration=text, spec=spec, progress=progress, **request)
     if not is_first:  # one of several processes tells what all of them made
@@ -88,12 +90,14 @@ def quantize_command(
 
 
 @contextmanager
-def process_group() -> Iterator[bool]:
-    """The processes that torchrun started together, if it did; True on the first one, which speaks for all."""
+def process_group(device: str) -> Iterator[bool]:
+    """The processes that torchrun started together, if it did; True on the first one, which speaks for all. What is on
+    GPUs is summed by NCCL, where there is one."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield True
         return
-    torch.distributed.init_process_group("gloo")
+    has_nccl = device != "cpu" and torch.cuda.is_available() and torch.distributed.is_nccl_available()
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo")
     try:
         yield torch.distributed.get_rank() == 0
     finally:

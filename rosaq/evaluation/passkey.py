@@ -63,13 +63,14 @@ def find_passkeys(
     decoys: int = 9,
     seed: int = 0,
     dtype: str = "float32",
+    device: str = "cpu",
     tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PasskeyResult:
     """Hide `keys` numbers at each of `depths` in prompts of `length` tokens, and ask `model` for them.
 
     decoys      other numbers of as many digits, whose likelihood is compared with the key's.
-    dtype, tokenizer, progress   as for `evaluate`; progress counts prompts.
+    dtype, device, tokenizer, progress   as for `evaluate`; progress counts prompts.
     ValueError where `length` is beyond the model's positions or too short to hold more than the question.
     """
     for name, value in (("keys", keys), ("decoys", decoys)):
@@ -77,7 +78,7 @@ def find_passkeys(
             raise ValueError(f"{name}: got {value}, need at least 1")
     if not depths or not all(0 <= depth <= 1 for depth in depths):
         raise ValueError(f"depths: got {list(depths)}, need one or more from 0 to 1")
-    subject = load_subject(model, dtype, tokenizer)
+    subject = load_subject(model, dtype, tokenizer, device=device)
     subject.check_length("passkey", length)
     draw = random.Random(seed)
     rows: list[DepthRow] = []

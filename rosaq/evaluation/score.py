@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rosaq.evaluation.metrics import PositionTally, TallyRow
 from rosaq.evaluation.subject import Model, load_subject
 from rosaq.text import builtin_text, read_text, select_documents, token_windows
@@ -46,6 +48,7 @@ class EvalResult:
     documents: str | None
     reference: str | None
     dtype: str
+    device: str
     by_position: tuple[TallyRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,6 +64,7 @@ def evaluate(
     windows: int = 20,
     reference: Model | None = None,
     dtype: str = "float32",
+    device: str = "cpu",
     documents: str | None = None,
     batch_size: int = 1,
     tokenizer: Any = None,
@@ -72,21 +76,24 @@ def evaluate(
     documents   "START:STOP", the part of the documents to use.
     reference   the model to compare distributions with, usually the dense original.
     dtype       of the activations and dense weights of models given by name: float32, float16 or bfloat16.
+    device      where models given by name run: "cpu", "cuda" or "cuda:N". Modules stay where they are.
     tokenizer   needed only where `model` is a module that does not know the directory it came from.
     progress    called with (windows done, windows) after every batch.
     """
     for name, value, least in (("context", context, 2), ("windows", windows, 1), ("batch_size", batch_size, 1)):
         if value < least:
             raise ValueError(f"{name}: got {value}, need at least {least}")
-    subject = load_subject(model, dtype, tokenizer)
+    subject = load_subject(model, dtype, tokenizer, device=device)
     subject.check_length("context", context)
-    other = load_subject(reference, dtype) if reference is not None else None
+    other = load_subject(reference, dtype, device=device) if reference is not None else None
     ids = token_windows(subject.tokenizer, _documents(text, documents), windows, context, None)
     tally, seconds = PositionTally(context), 0.0
     for start in range(0, windows, batch_size):
         batch = ids[start : start + batch_size]
         begin = time.perf_counter()
         logits = subject.logits(batch)
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)  # the call returns before the GPU is done
         seconds += time.perf_counter() - begin
         # One window's logits at a time: with both models' 49k-entry rows this is what fills the memory.
         expected = other.logits(batch) if other is not None else None
@@ -114,6 +121,7 @@ def evaluate(
         documents=documents,
         reference=other.name if other is not None else None,
         dtype=subject.dtype,
+        device=str(subject.device),
         by_position=tuple(tally.rows()),
     )
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rosaq import ops
 from rosaq.checkpoint import WeightReader
+from rosaq.devices import choose_device
 from rosaq.linear import RosaqLinear
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -49,9 +51,13 @@ class Subject:
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
         """[b, t, vocab] of ids [b, t] int64."""
-        device = next(self.module.parameters()).device
-        logits: Tensor = self.module(input_ids=ids.to(device), use_cache=False).logits
+        logits: Tensor = self.module(input_ids=ids.to(self.device), use_cache=False).logits
         return logits
+
+    @property
+    def device(self) -> torch.device:
+        """Of the module's first parameter: where its input goes."""
+        return next(self.module.parameters()).device
 
     @property
     def bits_per_weight(self) -> float:
@@ -87,31 +93,39 @@ class Subject:
 Model = str | Path | nn.Module | Subject
 
 
-def load_subject(model: Model, dtype: str = "float32", tokenizer: Any = None) -> Subject:
+def load_subject(model: Model, dtype: str = "float32", tokenizer: Any = None, *, device: str = "cpu") -> Subject:
     """`model` (directory, hub id or module) loaded and in eval mode; a Subject is returned as it is.
 
     dtype       of the activations and dense weights of a model given by name: float32, float16 or bfloat16.
+    device      where a model given by name runs: "cpu", "cuda" or "cuda:N". A module stays where it is.
     tokenizer   needed only where `model` is a module that does not know the directory it came from.
     """
     if isinstance(model, Subject):
         return model
-    module = load_model(model, dtype)
+    module = load_model(model, dtype, device)
     if isinstance(model, nn.Module):
         dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
     return Subject(model, module, dtype, tokenizer)
 
 
-def load_model(model: str | Path | nn.Module, dtype: str = "float32") -> nn.Module:
-    """The causal language model in `model` (directory or hub id), in eval mode; a module is returned as it is."""
+def load_model(model: str | Path | nn.Module, dtype: str = "float32", device: str = "cpu") -> nn.Module:
+    """The causal language model in `model` (directory or hub id) on `device`, in eval mode; a module is returned as it
+    is. ValueError for a quantised model where this build of rosaq has no kernels for the device."""
     if isinstance(model, nn.Module):
         return model.eval()
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, need one of {DTYPES}")
+    place = choose_device(device)
     _check_name(model)
     from transformers import AutoModelForCausalLM
 
     loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-    return loaded.eval()
+    if any(isinstance(module, RosaqLinear) for module in loaded.modules()):
+        try:
+            ops.check_device(place)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+    return loaded.eval() if place.type == "cpu" else loaded.to(place).eval()
 
 
 def load_tokenizer(model: str | Path | nn.Module) -> Any:

@@ -45,6 +45,7 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 1,
     dtype: str = "float32",
+    device: str = "cpu",
     tokenizer: Any = None,
 ) -> list[TaskResult]:
     """Run lm-eval's `tasks` (names or groups) on `model`; one result per task, in alphabetical order.
@@ -53,6 +54,7 @@ def run_tasks(
     num_fewshot    examples before each question; None for what the task says.
     limit          the first so many questions of each task; None for all.
     batch_size     requests per forward pass.
+    dtype, device, tokenizer   as for `evaluate`.
     ValueError as from `check_tasks`. Most tasks' data comes from the hub, once.
     """
     for name, value in (("limit", limit), ("batch_size", batch_size)):
@@ -62,7 +64,7 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    subject = load_subject(model, dtype, tokenizer)
+    subject = load_subject(model, dtype, tokenizer, device=device)
     adapter = HFLM(pretrained=subject.module, tokenizer=subject.tokenizer, batch_size=batch_size)
     found = simple_evaluate(
         model=adapter,

@@ -140,7 +140,7 @@ def _steps(key: _Key, fact: SiteFacts, now: SiteChoice, spec: BudgetSpec) -> lis
 
 
 def spectrum_of(gram: Tensor, most: int, damping: float, order: Tensor | None) -> tuple[Tensor, Tensor, float]:
-    """(kept, log_rest, energy) of `SiteFacts` from second moments gram [k, k] float64.
+    """(kept, log_rest, energy) of `SiteFacts`, on the CPU, from second moments gram [k, k] float64.
 
     order: the channels that would be kept, first to last ([most]); None: the principal directions of gram.
     """
@@ -148,9 +148,9 @@ def spectrum_of(gram: Tensor, most: int, damping: float, order: Tensor | None) -
     if order is None:
         values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
         logs = torch.log(values + damping * values[most:].mean())
-        rest = logs.sum() - torch.cat([torch.zeros(1), torch.cumsum(logs[:most], 0)])
-        return values[:most], rest, energy
-    is_kept = torch.zeros(k, dtype=torch.bool)
+        rest = logs.sum() - torch.cat([logs.new_zeros(1), torch.cumsum(logs[:most], 0)])
+        return values[:most].cpu(), rest.cpu(), energy
+    is_kept = torch.zeros(k, dtype=torch.bool, device=gram.device)
     is_kept[order] = True
     bulk = torch.nonzero(~is_kept).flatten()
     arranged = torch.cat([bulk, order.flip(0)])  # whoever is kept first stands last, so each K is a leading part
@@ -159,7 +159,7 @@ def spectrum_of(gram: Tensor, most: int, damping: float, order: Tensor | None) -
     logs = 2 * torch.log(torch.diagonal(torch.linalg.cholesky(damped)))
     sums = torch.cumsum(logs, 0)
     rest = torch.stack([sums[k - count - 1] for count in range(most + 1)])
-    return torch.diagonal(gram)[order], rest, energy
+    return torch.diagonal(gram)[order].cpu(), rest.cpu(), energy
 
 
 def squared_steps(weights: list[Tensor], quant: QuantSpec, widths: tuple[int, ...]) -> dict[int, float]:

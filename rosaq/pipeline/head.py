@@ -64,7 +64,7 @@ def quantize_head(
 
 def _moments(dense: DenseModel, rotations: Rotations, site: SitePlan, stream: list[Tensor]) -> Tensor:
     """Second moments [d, d] of what the head reads, every token counting the same: importance is a block's."""
-    gain, gram = final_gain(dense, rotations), Gram(dense.blocks.sizes.hidden)
+    gain, gram = final_gain(dense, rotations), Gram(dense.blocks.sizes.hidden, dense.device)
     for hidden in stream:
         x = dense.blocks.final_norm(hidden, gain).flatten(0, -2)
         try:
@@ -92,7 +92,7 @@ def _in_parts(
     name, (_, vocab) = dense.blocks.family.head, dense.blocks.head_size()
     step = rows_at_once(dense.blocks)
     starts = range(0, vocab, step)
-    parts, energies = list[Tensors](), torch.zeros(2, dtype=torch.float64)
+    parts, energies = list[Tensors](), torch.zeros(2, dtype=torch.float64, device=dense.device)
     for number, start in enumerate(starts):
         w = head_rows(dense, rotations, slice(start, min(start + step, vocab)))
         if site.rotation is not None:

@@ -66,7 +66,8 @@ class SiteMoments:
         stop: bool = True,
         route_all: bool = False,
     ) -> tuple[dict[str, Gram], list[Tensor]]:
-        grams = {site.name: Gram(weights[f"{site.linears[0]}.weight"].shape[1]) for site in sites}
+        first = {site.name: weights[f"{site.linears[0]}.weight"] for site in sites}
+        grams = {name: Gram(weight.shape[1], weight.device) for name, weight in first.items()}
         outputs: list[Tensor] = []
         for hidden, weight in zip(stream, importance, strict=True):
             found, out = self._model.inputs_of(self._index, weights, hidden, sites, stop=stop, route_all=route_all)

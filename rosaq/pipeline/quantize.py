@@ -10,8 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rosaq.calibrate import is_first_rank
 from rosaq.checkpoint import bits_by_tensor, total_bytes
+from rosaq.devices import choose_device
 from rosaq.pipeline.assemble import Report, write_checkpoint
 from rosaq.pipeline.request import (
     calibration_windows,
@@ -45,7 +48,8 @@ class QuantizeResult:
     """What a run made. rotation_error: largest logit difference between the dense and the folded and rotated model,
     relative to the largest logit (None where nothing was rotated). bytes: all tensors of the checkpoint.
     bits_per_weight: stored for the blocks' linears; bits_by_tensor: what it is the sum of, {"qweight": bits, "scales":
-    bits, ...}. head_bits_per_weight: stored for the output head, None where it stays in 16 bits."""
+    bits, ...}. head_bits_per_weight: stored for the output head, None where it stays in 16 bits. device: "cpu" or this
+    process's GPU, as "cuda:0"; peak_gpu_memory_bytes: what tensors took of it at most, None on the CPU."""
 
     output: str
     recipe: str
@@ -56,6 +60,8 @@ class QuantizeResult:
     seconds: float
     rotation_error: float | None
     peak_memory_bytes: int
+    device: str = "cpu"
+    peak_gpu_memory_bytes: int | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,6 +82,7 @@ def quantize(
     salient_energy: float | None = None,
     head_bits: int | None = None,
     preset: str = DEFAULT_PRESET,
+    device: str = "cpu",
     calibration: list[str] | None = None,
     spec: CalibrationSpec | None = None,
     force: bool = False,
@@ -92,18 +99,26 @@ def quantize(
     head_bits       3 or 4: the output head gets codes of so many bits and is untied from the embedding, which stays in
                     16; 16 leaves it alone; None keeps the recipe's choice (16).
     preset          "fast", "default" or "best": how many calibration windows (unless `spec` says so) and tuning steps.
+    device          "cpu", "cuda" or "cuda:1": where everything is computed. The CPU unless said otherwise, because a
+                    result is reproducible, bit by bit, only on one kind of device: floating point sums have another
+                    order on each, and a code near the middle between two can fall on either side. Random draws are the
+                    same everywhere. The checkpoint runs everywhere, whatever made it.
     calibration     documents; None: prose that Python carries.
 
     Memory holds one block, the token stream and one shard. `output` appears complete or not at all; an interrupted run
-    continues with `resume` and ends bit-identical.
+    continues with `resume` on the same kind of device, and ends bit-identical.
 
     Under torch.distributed (`torchrun -m rosaq quantize ...`) every process calibrates on its share of the sequences,
-    on a file system that all of them see; second moments are summed in float64.
+    on a file system that all of them see; second moments are summed in float64. With device "cuda" each takes the GPU
+    of its LOCAL_RANK.
 
     Raises ValueError, FileNotFoundError or OSError naming the argument, what it got and what it needs.
     """
     started = time.monotonic()
-    output = Path(output)
+    output, place = Path(output), choose_device(device)
+    if place.type == "cuda":
+        torch.cuda.init()
+        torch.cuda.reset_peak_memory_stats(place)
     chosen = make_recipe(
         recipe,
         bits=bits,
@@ -118,13 +133,13 @@ def quantize(
     )
     spec = spec or CalibrationSpec(num_sequences=preset_of(preset).num_sequences)
     check_output(output, force=force)
-    dense = DenseModel(local_directory(model), bf16=spec.bf16)
+    dense = DenseModel(local_directory(model), bf16=spec.bf16, device=place)
     chosen = fit_to_family(with_counted_salient(chosen, dense.blocks.sizes.hidden), dense.blocks.family)
     check_formats(dense.blocks, chosen)
     tell_dense_rotations(dense.blocks, chosen)
     tell_untied_head(dense, chosen)
     input_ids = calibration_windows(dense, calibration, spec)
-    work = Workspace(output, request_of(dense, chosen, spec, input_ids), force=force, resume=resume)
+    work = Workspace(output, request_of(dense, chosen, spec, input_ids), place, force=force, resume=resume)
 
     def report(stage: str, block: int, error_db: float | None = None, total: int | None = None) -> None:
         if progress is not None and is_first_rank():
@@ -158,5 +173,7 @@ def quantize(
         seconds=time.monotonic() - started,
         rotation_error=error,
         peak_memory_bytes=peak,
+        device=str(place),
+        peak_gpu_memory_bytes=torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None,
         layers=[r.to_dict() for r in run.reports],
     )

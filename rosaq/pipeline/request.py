@@ -114,6 +114,7 @@ def request_of(dense: DenseModel, recipe: Recipe, spec: CalibrationSpec, input_i
     return {
         "recipe": asdict(recipe),
         "calibration": asdict(spec),
+        "device": dense.device.type,
         "products": "bfloat16" if dense.passes.is_bf16 else "float32",
         "ranks": num_ranks(),
         "tokens": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest(),

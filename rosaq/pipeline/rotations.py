@@ -55,6 +55,15 @@ class Rotations:
     def of_block(self, index: int) -> BlockRotations:
         return BlockRotations(self.residual, self.values[index] if self.values else None, self.online)
 
+    def to(self, device: torch.device) -> Rotations:
+        """These, on `device`: random ones are drawn on the CPU, so that a seed means the same everywhere."""
+        return Rotations(
+            None if self.residual is None else self.residual.to(device),
+            None if self.values is None else [value.to(device) for value in self.values],
+            {site: block.to(device) for site, block in self.online.items()},
+            self.spectrum,
+        )
+
     def to_tensors(self) -> dict[str, Tensor]:
         """For the workspace; inverse of `from_tensors`."""
         named = {"residual": self.residual}
@@ -110,7 +119,7 @@ def choose_rotations(
     elif spec.values == "pca":
         assert grams is not None
         values = [torch.stack([principal_axes(gram)[1] for gram in block]) for block in grams.values]
-    return Rotations(residual, values, _online_blocks(model, recipe), spectrum)
+    return Rotations(residual, values, _online_blocks(model, recipe), spectrum).to(model.device)
 
 
 def _online_blocks(model: DenseModel, recipe: Recipe) -> dict[str, Tensor]:
@@ -152,11 +161,11 @@ def _measure(
     wanted = [site for site in family.sites_reading("residual") if not site.expert]
     if recipe.rotation.values == "pca":
         wanted += family.sites_reading("values")
-    residual, calm, values = Gram(sizes.hidden), Gram(sizes.hidden), []
+    residual, calm, values = Gram(sizes.hidden, model.device), Gram(sizes.hidden, model.device), []
     num_sinks, num_tokens = 0, 0
     for index in range(sizes.num_blocks):
         weights = fold_norms(model.block(index), family)
-        heads = [Gram(sizes.head_dim) for _ in range(sizes.num_kv_heads)]
+        heads = [Gram(sizes.head_dim, model.device) for _ in range(sizes.num_kv_heads)]
         for i, hidden in enumerate(stream):
             importance = token_importance(model.passes, index, weights, hidden, recipe.importance, counts[i])
             is_calm = ~is_sink(hidden).flatten()

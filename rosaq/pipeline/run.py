@@ -44,7 +44,7 @@ class Run:
         report: Callable[..., None],
     ) -> None:
         self._dense, self._recipe, self._spec, self._work, self._report = dense, recipe, spec, work, report
-        self._ids = input_ids
+        self._ids = input_ids.to(dense.device)
         self.rotations = Rotations()
         self.choices: Choices = same_everywhere(recipe, dense.blocks.family, dense.blocks.sizes.num_blocks)
         self.reports: list[LinearReport] = []
@@ -55,12 +55,16 @@ class Run:
 
     def choose_rotations(self) -> None:
         saved = self._work.load("rotations")
-        if saved is not None:
-            self.rotations = Rotations.from_tensors(saved[0])
-            return
+        if saved is None:
+            self._work.save("rotations", self._chosen_rotations().to_tensors(), {})
+            saved = self._work.load("rotations")  # by every rank: two GPUs need not find the same last bits
+            assert saved is not None
+        self.rotations = Rotations.from_tensors(saved[0])
+
+    def _chosen_rotations(self) -> Rotations:
         enough = max(num_ranks(), _AXES_TOKENS // (self._spec.batch_size * self._spec.sequence_length))
         stream = self._stream(None, enough) if self._recipe.needs_tokens else []
-        self.rotations = choose_rotations(
+        return choose_rotations(
             self._dense,
             self._recipe,
             stream,
@@ -68,13 +72,13 @@ class Run:
             self._spec.seed,
             lambda block: self._report("axes", block),
         )
-        self._work.save("rotations", self.rotations.to_tensors(), {})
 
     def share_out_bits(self) -> None:
         """Widths and numbers of directions per site, where the recipe has a budget; experts of a block share theirs."""
         budget = self._recipe.budget
         if budget.is_fixed:
             return
+        sites = self._dense.blocks.family.sites
         saved = self._work.load("choices")
         if saved is None:
             facts = measure_sites(
@@ -87,11 +91,11 @@ class Run:
                 self._spec.seed,
             )
             shared = share_out(facts, budget, self._recipe.quant)
-            sites = self._dense.blocks.family.sites
-            self.choices = [{site.name: block[site.stage] for site in sites} for block in shared]
-            self._work.save("choices", {}, {"choices": [[asdict(c) for c in b.values()] for b in self.choices]})
-            return
-        names = [site.name for site in self._dense.blocks.family.sites]
+            rows = [[asdict(block[site.stage]) for site in sites] for block in shared]
+            self._work.save("choices", {}, {"choices": rows})
+            saved = self._work.load("choices")  # by every rank, as the rotations
+            assert saved is not None
+        names = [site.name for site in sites]
         blocks = saved[1]["choices"]
         self.choices = [dict(zip(names, (SiteChoice(**c) for c in block), strict=True)) for block in blocks]
 

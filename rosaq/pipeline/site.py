@@ -123,7 +123,8 @@ def salient_index(site: Site, gram: Tensor | None, recipe: Recipe, count: int) -
 def salient_order(site: Site, gram: Tensor | None, recipe: Recipe, count: int) -> Tensor:
     """The same channels in the order in which more of them would be kept: of any count, the first ones of this."""
     if recipe.salient.by == "eigenvalue" and site.reads == "residual" and "pca" in recipe.rotation.residual:
-        return torch.arange(count)  # the folded rotation puts the principal axes first
+        # the folded rotation puts the principal axes first
+        return torch.arange(count, device=None if gram is None else gram.device)
     assert gram is not None
     index = energy_index(gram, count)  # in principal axes of the heads the channel energies are the eigenvalues
     return index[torch.diagonal(gram)[index].argsort(descending=True, stable=True)]

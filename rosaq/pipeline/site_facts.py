@@ -51,7 +51,8 @@ def measure_sites(
         found = {}
         for stage, group in groupby(model.family.sites, key=lambda site: site.stage):
             sites, total = list(group), 0.0
-            gram = Gram(weights[f"{sites[0].linears[0]}.weight"].shape[1])
+            first = weights[f"{sites[0].linears[0]}.weight"]
+            gram = Gram(first.shape[1], first.device)
             for site in sites:
                 # errors of variance 1 in all outputs cost |g|²
                 cost = torch.stack([squares[index][name] for name in site.linears]).sum(0).flatten()

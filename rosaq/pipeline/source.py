@@ -40,11 +40,12 @@ def local_directory(model: str | Path) -> Path:
 
 class DenseModel:
     """Weights and code of a dense model. `blocks` runs them, `passes` does for the calibration text (in bfloat16, if so
-    wanted and the CPU has it), `block(i)` reads the weights of one."""
+    wanted and the device has it), `block(i)` reads the weights of one. What is read goes to `device`."""
 
-    def __init__(self, directory: Path, *, bf16: bool = False) -> None:
+    def __init__(self, directory: Path, *, bf16: bool = False, device: torch.device | None = None) -> None:
         self.directory = directory
-        self.blocks = BlockModel(directory)
+        self.blocks = BlockModel(directory, device)
+        self.device = self.blocks.device
         self.passes = self.blocks.in_bf16() if bf16 else self.blocks
         self.reader = WeightReader(directory)
         family = self.blocks.family
@@ -70,7 +71,8 @@ class DenseModel:
         place = self._place(name)
         if place is None:
             raise ValueError(f"model: got no tensor {name!r}, need it")
-        tensor = (self._read(*place) if rows is None else self.reader.get_entry(place[0], rows)).float()
+        stored = self._read(*place) if rows is None else self.reader.get_entry(place[0], rows)
+        tensor = stored.to(self.device).float()
         if not torch.isfinite(tensor).all():
             raise ValueError(f"weights: {name}: got NaN or Inf, need finite numbers")
         return tensor

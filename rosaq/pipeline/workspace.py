@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,13 +23,16 @@ Tensors = dict[str, Tensor]
 
 
 class Workspace:
-    """Files of an unfinished run for `output`, tied to a `request` (JSON values that decide the result)."""
+    """Files of an unfinished run for `output`, tied to a `request` (JSON values that decide the result). What is
+    loaded goes to `device`."""
 
-    def __init__(self, output: Path, request: dict[str, Any], *, force: bool, resume: bool) -> None:
+    def __init__(
+        self, output: Path, request: dict[str, Any], device: torch.device, *, force: bool, resume: bool
+    ) -> None:
         self.output = output
         self.directory = output.parent / f".{output.name}.partial"
         self._request = json.loads(json.dumps(request))
-        self._force = force
+        self._device, self._force = device, force
         check_output(output, force=force)
         wait_for_all()  # every rank looks before the first one writes
         if is_first_rank():
@@ -69,7 +73,7 @@ class Workspace:
         try:
             with safe_open(path, framework="pt") as file:
                 values = json.loads((file.metadata() or {})["values"])
-                return {key: file.get_tensor(key) for key in file.keys()}, values  # noqa: SIM118 - not a dict
+                return {key: file.get_tensor(key).to(self._device) for key in file.keys()}, values  # noqa: SIM118 - not a dict
         except SafetensorError as error:
             raise ValueError(
                 f"resume: got a damaged file {path} ({error}), need force (--force) to start again"
@@ -86,7 +90,7 @@ class Workspace:
     def _write(self, name: str, tensors: Tensors, values: dict[str, Any]) -> None:
         path = self.directory / f"{name}.safetensors"
         partial = path.with_suffix(".writing")
-        owned = {key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()}
+        owned = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
         try:
             save_file(owned, partial, metadata={"values": json.dumps(values)})
         except (OSError, SafetensorError) as error:

@@ -73,7 +73,8 @@ def _panels(group_of: Tensor) -> Iterator[Panel]:
     a piece of one long group."""
     ids, counts = torch.unique_consecutive(group_of, return_counts=True)
     ends = counts.cumsum(0)
-    groups = [(int(e - c), int(e), int(g)) for g, c, e in zip(ids, counts, ends, strict=True)]
+    lists = (ids.tolist(), counts.tolist(), ends.tolist())
+    groups = [(end - count, end, group) for group, count, end in zip(*lists, strict=True)]
     pending: list[tuple[int, int, int]] = []
     for group in groups:
         if pending and group[1] - pending[0][0] > _PANEL:
@@ -97,8 +98,7 @@ def _by_energy(energy: Tensor, salient: Tensor, group_size: int) -> Tensor:
     energy [k], salient bool [k]. Equal energies keep the order of the columns.
     """
     bulk = torch.nonzero(~salient).flatten()
-    of_group = torch.zeros(len(energy) // group_size, dtype=energy.dtype)
-    of_group.index_add_(0, bulk // group_size, energy[bulk])
+    of_group = energy.masked_fill(salient, 0).view(-1, group_size).sum(1)
     inside = bulk[energy[bulk].argsort(descending=True, stable=True)]
     return inside[of_group[inside // group_size].argsort(descending=True, stable=True)]
 
@@ -113,8 +113,9 @@ def gptq(w: Tensor, gram: Tensor, spec: QuantSpec, group_size: int, salient: Ten
     importance = torch.diagonal(factor) ** -2.0  # the loss that a unit error in a column leaves after feedback
 
     work = w[:, order].contiguous()
-    grid = empty_grid(n, k // group_size, spec)
-    codes = torch.empty(n, k)
+    grid = empty_grid(n, k // group_size, spec, w.device)
+    codes = torch.empty(n, k, device=w.device)
+    numbers = bulk.tolist()  # read once: asking a GPU for one per column would wait for it every time
     for panel in _panels(bulk // group_size):
         columns = work[:, panel.start : panel.stop].T.contiguous()
         errors = torch.empty_like(columns)
@@ -128,11 +129,11 @@ def gptq(w: Tensor, gram: Tensor, spec: QuantSpec, group_size: int, salient: Ten
                 fitted = fit_grid(w_group[:, None], spec, importance[None, first:end])
                 grid.scale[:, group], grid.zero[:, group] = fitted.scale[:, 0], fitted.zero[:, 0]
             if j in starts or j == panel.start:
-                group = int(bulk[j]) // group_size
+                group = numbers[j] // group_size
                 step = Grid(grid.scale[:, group], grid.zero[:, group])
             column = columns[j - panel.start]
             code = to_codes(column, step, spec.bits)
-            codes[:, bulk[j]] = code
+            codes[:, numbers[j]] = code
             error = (column - from_codes(code, step)) / factor[j, j]
             errors[j - panel.start] = error
             columns[j - panel.start + 1 :].addr_(factor[j, j + 1 : panel.stop], error, alpha=-1)

@@ -45,10 +45,10 @@ def _stored(scale: Tensor) -> Tensor:
     return scale.to(torch.float16).float().clamp_min(_SMALLEST_SCALE)
 
 
-def empty_grid(n: int, groups: int, spec: QuantSpec) -> Grid:
+def empty_grid(n: int, groups: int, spec: QuantSpec, device: torch.device) -> Grid:
     """A grid [n, groups] that maps every code near zero: what a group without bulk columns keeps."""
-    zero = torch.full((n, groups), float(2 ** (spec.bits - 1)))
-    return Grid(torch.full((n, groups), _SMALLEST_SCALE), zero)
+    zero = torch.full((n, groups), float(2 ** (spec.bits - 1)), device=device)
+    return Grid(torch.full_like(zero, _SMALLEST_SCALE), zero)
 
 
 def to_codes(w: Tensor, grid: Grid, bits: int) -> Tensor:

@@ -37,7 +37,7 @@ def quantize_weight(
     if gram is not None:
         _check_gram(gram, k)
     group_size = k if spec.group_size == -1 else spec.group_size
-    salient = salient_mask(k, salient_index)
+    salient = salient_mask(k, salient_index, weight.device)
     w = weight.detach().float()
     if spec.method == "gptq":
         if gram is None:

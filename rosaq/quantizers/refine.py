@@ -57,13 +57,14 @@ def refit_scales(
     size, r = k // groups, len(index)
     steps = (codes - _widened(grid, k).zero).double()  # [n, k]: the weight in units of its scale
     steps[:, index] = 0
-    matrix = torch.empty(n, groups + r, groups + r, dtype=torch.float64)
+    matrix = torch.empty(n, groups + r, groups + r, dtype=torch.float64, device=codes.device)
     for group in range(groups):
         columns = slice(group * size, (group + 1) * size)
         product = steps[:, columns] @ gram[columns, group * size :]  # [n, k] from here on: the matrix is symmetric
         cross = (product * steps[:, group * size :]).view(n, groups - group, size).sum(-1)
         matrix[:, group, group:groups] = matrix[:, group:groups, group] = cross
-    onto = (steps.view(n, groups, 1, size) @ gram[:, index].view(groups, size, r)).squeeze(2)  # [n, groups, r]
+    # group by group, [n, groups, r]: a product that broadcasts over the rows would copy the second moments for each
+    onto = torch.einsum("ngs,gsr->ngr", steps.view(n, groups, size), gram[:, index].view(groups, size, r))
     matrix[:, :groups, groups:], matrix[:, groups:, :groups] = onto, onto.transpose(1, 2)
     matrix[:, groups:, groups:] = gram[index][:, index]
     right = torch.cat([(target * steps).view(n, groups, size).sum(-1), target[:, index]], 1)
@@ -87,7 +88,7 @@ def sweep_codes(
     w_hat[:, salient] = salient_weight
     slope = (w_hat - w) @ narrow  # half the gradient of the loss, [n, k]
     for columns in torch.nonzero(~salient).flatten().split(_PANEL):
-        panel, moved = slope[:, columns].T.contiguous(), torch.empty(len(columns), n)
+        panel, moved = slope[:, columns].T.contiguous(), torch.empty(len(columns), n, device=w.device)
         inside = narrow[columns][:, columns]
         for i, j in enumerate(columns.tolist()):
             step = Grid(wide.scale[:, j], wide.zero[:, j])

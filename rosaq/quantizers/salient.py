@@ -13,9 +13,9 @@ def energy_index(gram: Tensor, count: int) -> Tensor:
     return torch.sort(torch.topk(torch.diagonal(gram), count).indices).values
 
 
-def salient_mask(in_features: int, index: Tensor | None) -> Tensor:
-    """bool [in_features], True at the salient channels."""
-    mask = torch.zeros(in_features, dtype=torch.bool)
+def salient_mask(in_features: int, index: Tensor | None, device: torch.device | None = None) -> Tensor:
+    """bool [in_features] on `device` (None: the CPU), True at the salient channels."""
+    mask = torch.zeros(in_features, dtype=torch.bool, device=device)
     if index is not None:
-        mask[index] = True
+        mask[index.to(mask.device)] = True
     return mask

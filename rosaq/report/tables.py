@@ -231,6 +231,8 @@ def quantize_table(result: Mapping[str, Any]) -> Table:
     if worst is not None:
         table.add_row("worst layer", f"{worst['name']}, SQNR {worst['sqnr_db']:.1f} dB")
     table.add_row("peak memory", format_bytes(result["peak_memory_bytes"]))
+    if result["peak_gpu_memory_bytes"] is not None:
+        table.add_row(f"peak memory of {result['device']}", format_bytes(result["peak_gpu_memory_bytes"]))
     table.add_row("time", f"{result['seconds']:.0f} s")
     return table
 

@@ -85,7 +85,7 @@ def _rotate_values(wide: Tensors, rotation: Tensor, family: Family, sizes: Sizes
 def rotate_rows(rows: Tensor, residual: Tensor | None, gain: Tensor | None = None) -> Tensor:
     """Rows of the embedding or the head [vocab, d] in the rotated stream, (rows * gain) R, float32. The final norm's
     gain folds into the head, which unties it from the embedding. In chunks: float64 doubles a large vocabulary."""
-    out = torch.empty(rows.shape, dtype=torch.float32)
+    out = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         part = rows[start : start + _ROWS_AT_ONCE].double()
         if gain is not None:

@@ -34,7 +34,7 @@ def principal_axes(gram: Tensor) -> tuple[Tensor, Tensor]:
     values, axes = torch.linalg.eigh(gram)
     values, axes = values.flip(0), axes.flip(1)
     largest = axes.abs().argmax(0)
-    return values, axes.mul_(torch.sign(axes[largest, torch.arange(axes.shape[1])]))
+    return values, axes.mul_(torch.sign(axes[largest, torch.arange(axes.shape[1], device=axes.device)]))
 
 
 def pca_random_tail(gram: Tensor, num_principal: int, generator: torch.Generator) -> Tensor:
@@ -45,7 +45,8 @@ def pca_random_tail(gram: Tensor, num_principal: int, generator: torch.Generator
     """
     _, axes = principal_axes(gram)
     tail = axes[:, num_principal:]
-    return torch.cat([axes[:, :num_principal], tail @ random_orthogonal(tail.shape[1], generator)], dim=1)
+    mixed = tail @ random_orthogonal(tail.shape[1], generator).to(tail.device)
+    return torch.cat([axes[:, :num_principal], mixed], dim=1)
 
 
 def shared_hadamard_block(in_features: int, out_features: int) -> Tensor:

@@ -45,9 +45,9 @@ class TunedLinear:
         self.stretch = torch.zeros_like(self._scale).requires_grad_()
         self.shift: Tensor | None = None
         if fmt.num_salient:
-            self.shift = torch.zeros(n, fmt.num_salient).requires_grad_()
+            self.shift = torch.zeros(n, fmt.num_salient, device=self._scale.device).requires_grad_()
             self._unit = self._scale.abs().mean()
-            self._bulk_columns = torch.ones(k)
+            self._bulk_columns = torch.ones(k, device=self._scale.device)
             self._directions = stored["salient_weight"].float()
             if fmt.salient == "index":
                 self._bulk_columns[stored["salient_index"].long()] = 0
