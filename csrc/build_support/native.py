@@ -118,8 +118,8 @@ class Build:
         objects = [str(self.object_of(source)) for source in (self.sources() if sources is None else sources)]
         # No rpath: `import torch` has loaded both libraries before _C. DT_NEEDED libtorch keeps its symbols in reach.
         libs = ["-L" + str(self.torch_dir / "lib"), "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"]
-        # Where a toolchain has the C++ library as an archive only, its symbols must not meet those of torch's: a message
-        # of an error, put together half by each, is a segmentation fault.
+        # Where the linker takes the C++ library as an archive, its symbols must not meet those of the shared one: the
+        # text of an error, put together by half of each, was a segmentation fault.
         libs += ["-Wl,--exclude-libs,ALL"]
         libs += self.toolkit.link_flags() if self.toolkit is not None else []
         return [*compiler(), "-shared", *objects, *libs, "-o", str(output)]

@@ -1,6 +1,7 @@
 // One instance of the fused kernel: what the generated files in instances/ contain.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 
 #include "../kernels/few_tokens.cuh"
@@ -9,15 +10,18 @@
 
 namespace rosaq::cuda {
 
-// More dynamic shared memory than 48 KB has to be asked for, once for every device (and every `done`, one a
-// kernel).
+// More dynamic shared memory than 48 KB has to be asked for: as much as any launch of the kernel may want and
+// the device has, once for every device (and every `done`, one a kernel).
 inline cudaError_t allow_shared_memory(const void* kernel, int bytes, std::atomic<uint64_t>& done) {
     int device = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error != cudaSuccess) return error;
     const uint64_t bit = uint64_t{1} << (device % 64);
     if (device < 64 && (done.load(std::memory_order_acquire) & bit) != 0) return cudaSuccess;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    int most = 0;
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error != cudaSuccess) return error;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, std::min(bytes, most));
     if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_release);
     return error;
 }
@@ -34,10 +38,10 @@ constexpr int kFewWarpBytes = kFewStages * Tile::kWarpBytes;
 
 template <class Tile>
 cudaError_t launch_few_tokens(const GemmParams& p, int warps, cudaStream_t stream) {
-    static std::atomic<uint64_t> done[2];  // of half and of all warps
+    static std::atomic<uint64_t> done{0};
     const int bytes = warps * kFewWarpBytes<Tile>;
     const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(few_tokens_kernel<Tile>),
-                                                  bytes, done[warps == kFewMaxWarps]);
+                                                  kFewMaxWarps * kFewWarpBytes<Tile>, done);
     if (error != cudaSuccess) return error;
     const auto blocks = static_cast<unsigned>(ceil_div(p.n, kRecordRows));
     few_tokens_kernel<Tile>

@@ -27,7 +27,10 @@ def eval_command(
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, as piqa,arc_easy: needs rosaq[tasks].")] = None,
     task_path: Annotated[Path | None, typer.Option(help="Directory of your own lm-eval task files.")] = None,
     task_limit: Annotated[int | None, typer.Option(help="Questions per task. Default: all.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16. Default: float32; bfloat16 if quantised, on a GPU."),
+    ] = None,
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
@@ -62,7 +65,7 @@ def eval_command(
         asked = request | {"model": model, "context": contexts[0] if len(contexts) == 1 else contexts}
         asked |= {
             "reference": reference,
-            "dtype": dtype,
+            "dtype": subject.dtype,
             "device": device,
             "passkey": lengths,
             "tasks": names,

@@ -62,7 +62,7 @@ def find_passkeys(
     keys: int = 2,
     decoys: int = 9,
     seed: int = 0,
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str = "cpu",
     tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,

@@ -63,7 +63,7 @@ def evaluate(
     context: int = 512,
     windows: int = 20,
     reference: Model | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str = "cpu",
     documents: str | None = None,
     batch_size: int = 1,
@@ -75,7 +75,8 @@ def evaluate(
     text        a file (plain or JSON lines), a list of documents, or None for the built-in evaluation text.
     documents   "START:STOP", the part of the documents to use.
     reference   the model to compare distributions with, usually the dense original.
-    dtype       of the activations and dense weights of models given by name: float32, float16 or bfloat16.
+    dtype       of the activations and dense weights of models given by name: float32, float16 or bfloat16. None:
+                float32, but bfloat16 for a quantised model on a GPU.
     device      where models given by name run: "cpu", "cuda" or "cuda:N". Modules stay where they are.
     tokenizer   needed only where `model` is a module that does not know the directory it came from.
     progress    called with (windows done, windows) after every batch.

@@ -93,33 +93,39 @@ class Subject:
 Model = str | Path | nn.Module | Subject
 
 
-def load_subject(model: Model, dtype: str = "float32", tokenizer: Any = None, *, device: str = "cpu") -> Subject:
+def load_subject(model: Model, dtype: str | None = None, tokenizer: Any = None, *, device: str = "cpu") -> Subject:
     """`model` (directory, hub id or module) loaded and in eval mode; a Subject is returned as it is.
 
-    dtype       of the activations and dense weights of a model given by name: float32, float16 or bfloat16.
+    dtype       of the activations and dense weights of a model given by name: float32, float16 or bfloat16. None:
+                float32, but bfloat16 for a quantised model on a GPU, where the kernels take 16-bit activations.
     device      where a model given by name runs: "cpu", "cuda" or "cuda:N". A module stays where it is.
     tokenizer   needed only where `model` is a module that does not know the directory it came from.
     """
     if isinstance(model, Subject):
         return model
     module = load_model(model, dtype, device)
-    if isinstance(model, nn.Module):
-        dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
-    return Subject(model, module, dtype, tokenizer)
+    used = str(next(module.parameters()).dtype).removeprefix("torch.")
+    return Subject(model, module, used if dtype is None or isinstance(model, nn.Module) else dtype, tokenizer)
 
 
-def load_model(model: str | Path | nn.Module, dtype: str = "float32", device: str = "cpu") -> nn.Module:
+def load_model(model: str | Path | nn.Module, dtype: str | None = None, device: str = "cpu") -> nn.Module:
     """The causal language model in `model` (directory or hub id) on `device`, in eval mode; a module is returned as it
-    is. ValueError for a quantised model where this build of rosaq has no kernels for the device."""
+    is. dtype: as for `load_subject`. ValueError for a quantised model where this build of rosaq has no kernels for the
+    device, or none for float32."""
     if isinstance(model, nn.Module):
         return model.eval()
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, need one of {DTYPES}")
     place = choose_device(device)
     _check_name(model)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    if place.type != "cpu" and dtype in (None, "float32"):
+        is_quantised = getattr(AutoConfig.from_pretrained(model), "quantization_config", None) is not None
+        if is_quantised and dtype is not None:
+            raise ValueError(f"dtype: got {dtype} for a quantised model on {place}, need float16 or bfloat16")
+        dtype = "bfloat16" if is_quantised else "float32"
+    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype or "float32"))
     if any(isinstance(module, RosaqLinear) for module in loaded.modules()):
         try:
             ops.check_device(place)

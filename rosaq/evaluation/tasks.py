@@ -44,7 +44,7 @@ def run_tasks(
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int = 1,
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str = "cpu",
     tokenizer: Any = None,
 ) -> list[TaskResult]:
