@@ -98,18 +98,17 @@ ROSAQ_DEVICE void add_partials(const GemmParams& p, int row_tile, const Contribu
 }
 
 // This block's sums of a row tile are complete: store y, or leave them for the last of the blocks that share
-// it. first_tile: where its K-tiles begin; `shared`: an x stage that nobody reads any more once all threads
+// it. `shared`: an x stage that nobody reads any more once all threads
 // are here.
 template <class Tile>
-ROSAQ_DEVICE void finish_row_tile(const GemmParams& p, int first_tile, int row_tile,
+ROSAQ_DEVICE void finish_row_tile(const GemmParams& p, int row_tile,
                                   const Accumulator<Tile::kTokenTiles>& sums, unsigned char* shared) {
     const Accumulator<Tile::kWarpTiles> acc = add_halves<Tile>(sums, shared);
     const Lane at(
         ptx::opaque(static_cast<int>(threadIdx.x)));  // addresses are not to be kept across the main loop
     const Contributors contributors(p.schedule, row_tile);
     if (contributors.count > 1) {
-        float* own =
-            partial_sums<Tile>(p, partial_slot(p.schedule, block_of_grid(p.schedule), first_tile, row_tile));
+        float* own = partial_sums<Tile>(p, partial_slot(p.schedule, row_tile));
         for_each_partial<Tile>(p, at, [&](int offset, int t, int e) {
             *reinterpret_cast<float4*>(own + offset) =
                 make_float4(acc.sum[0][t][e], acc.sum[0][t][2 + e], acc.sum[1][t][e], acc.sum[1][t][2 + e]);

@@ -67,18 +67,10 @@ class WeightStream {
         // One more copy a lane: 64 bytes of scales a group, four lanes; 32 bytes of zeros, two lanes of the
         // upper half.
         static_assert(Tile::kScaleBytes == 16 * kLoadBytes, "scales and zeros lie in the order of the lanes");
-        const bool is_scale = at.lane < 16;
-        const int piece = is_scale ? at.lane : at.lane - 16,
-                  pieces = is_scale ? 4 : 2;                    // of 16 bytes, of a group
-        const int unit = is_scale ? kSlabRows * 2 : kSlabRows;  // bytes of a group of a slab
-        has_side_ =
-            piece / pieces < p.groups_per_block && (is_scale || (!Tile::kSymmetric && p.zeros != nullptr));
         const int64_t group =
-            slab * p.groups + (p.groups == 1 ? 0 : k_block * p.groups_per_block) + piece / pieces;
-        side_ = (is_scale ? p.scales : p.zeros) + group * unit +
-                (rows.record * pieces + piece % pieces) * kLoadBytes;
-        side_step_ = p.groups == 1 ? 0 : p.groups_per_block * unit;
-        side_skip_ = p.groups == 1 ? Tile::kSlabs * unit : (Tile::kSlabs - 1) * p.groups * unit;
+            slab * p.groups + (p.groups == 1 ? 0 : k_block * p.groups_per_block) + piece(at) / pieces(at);
+        side_ = (is_scale(at) ? p.scales : p.zeros) + group * unit(at) +
+                (rows.record * pieces(at) + piece(at) % pieces(at)) * kLoadBytes;
     }
 
     // Copies the next K-tile to this warp's part of a weight stage.
@@ -91,27 +83,37 @@ class WeightStream {
                     const int offset = plane * kLanes * kLoadBytes;
                     ptx::cp_async_16_first(to + offset + at.lane * kLoadBytes, codes_ + offset);
                 }
-                if (has_side_) ptx::cp_async_16(to + Tile::kRecordBytes + at.lane * kLoadBytes, side_);
+                if (has_side(at)) ptx::cp_async_16(to + Tile::kRecordBytes + at.lane * kLoadBytes, side_);
             }
             codes_ += kSlabRecords * Tile::kRecordBytes;
-            side_ += side_step_;
+            if (p_.groups != 1) side_ += p_.groups_per_block * unit(at);
         } else if (has_rows) {
             const int row0 = slab_ * kSlabRows + at.record<Tile>() % kSlabRecords * kRecordRows;
             fetch_salient(p_, to, row0, (k_tile_ - p_.k_blocks) * kSalientCols);
         }
         if (++k_tile_ < p_.schedule.k_tiles) return;
         k_tile_ = 0;
-        slab_ += Tile::kSlabs;
-        codes_ += static_cast<int64_t>(Tile::kSlabs - 1) * p_.k_blocks * (kSlabRecords * Tile::kRecordBytes);
-        side_ += side_skip_;
+        ++slab_;
+        if (p_.groups == 1) side_ += unit(at);
     }
 
   private:
+    static_assert(Tile::kSlabs == 1, "the slabs of a block's row tiles follow each other");
+    // Not kept: where registers are short, a few instructions cost less than one of them.
+    ROSAQ_DEVICE static bool is_scale(const Lane& at) { return at.lane < 16; }
+    ROSAQ_DEVICE static int piece(const Lane& at) { return at.lane % 16; }
+    // Of 16 bytes, of a group.
+    ROSAQ_DEVICE static int pieces(const Lane& at) { return is_scale(at) ? 4 : 2; }
+    // Bytes of a group of a slab.
+    ROSAQ_DEVICE static int unit(const Lane& at) { return is_scale(at) ? kSlabRows * 2 : kSlabRows; }
+    ROSAQ_DEVICE bool has_side(const Lane& at) const {
+        return piece(at) / pieces(at) < p_.groups_per_block &&
+               (is_scale(at) || (!Tile::kSymmetric && p_.zeros != nullptr));
+    }
+
     const GemmParams& p_;
     int k_tile_, slab_;  // slab_ past the last one: nothing to copy
     const uint8_t *codes_, *side_;
-    int side_step_, side_skip_;  // bytes to the next block of k; more at the end of a row tile
-    bool has_side_;
 };
 
 // All tokens of 128 k at a time; nothing for a salient tile, whose values are computed when it is its turn.
@@ -124,22 +126,21 @@ class XStream {
     static_assert(kTokenStep % 2 == 0 && kCopies * kTokenStep == Tile::kTokens,
                   "the swizzle depends on token % 2");
 
-    ROSAQ_DEVICE XStream(const GemmParams& p, const Cursor& start)
-        : p_(p),
-          k_tile_(start.k_tile),
-          token_(static_cast<int>(threadIdx.x) / kChunks),
-          chunk_(static_cast<int>(threadIdx.x) % kChunks) {
-        const int64_t k = static_cast<int64_t>(min(k_tile_, p.k_blocks)) * kBlockK + chunk_ * 8;
-        from_ = static_cast<const T*>(p.t != nullptr ? p.t : p.x) + static_cast<int64_t>(token_) * p.k + k;
+    ROSAQ_DEVICE XStream(const GemmParams& p, const Cursor& start) : p_(p), k_tile_(start.k_tile) {
+        const int64_t k = static_cast<int64_t>(min(k_tile_, p.k_blocks)) * kBlockK + chunk() * 8;
+        from_ = static_cast<const T*>(p.t != nullptr ? p.t : p.x) + static_cast<int64_t>(token()) * p.k + k;
     }
 
     ROSAQ_DEVICE void fetch(unsigned char* x) {
         if (k_tile_ < p_.k_blocks) {
-            const bool has_k = k_tile_ * kBlockK + chunk_ * 8 < p_.k;
-            unsigned char* to = x + x_chunk_offset(token_, chunk_);
+            const int thread = Tile::kHalves == 1 ? static_cast<int>(threadIdx.x)
+                                                  : ptx::opaque(static_cast<int>(threadIdx.x));
+            const int token = thread / kChunks, chunk = thread % kChunks;
+            const bool has_k = k_tile_ * kBlockK + chunk * 8 < p_.k;
+            unsigned char* to = x + x_chunk_offset(token, chunk);
 #pragma unroll
             for (int i = 0; i < kCopies; ++i) {
-                const bool inside = has_k && token_ + i * kTokenStep < p_.m;
+                const bool inside = has_k && token + i * kTokenStep < p_.m;
                 const T* from = inside ? from_ + static_cast<int64_t>(i) * kTokenStep * p_.k
                                        : static_cast<const T*>(p_.x);
                 ptx::cp_async_16_zfill(to + i * kTokenStep * (kBlockK * 2), from, inside);
@@ -152,8 +153,11 @@ class XStream {
     }
 
   private:
+    ROSAQ_DEVICE static int token() { return static_cast<int>(threadIdx.x) / kChunks; }
+    ROSAQ_DEVICE static int chunk() { return static_cast<int>(threadIdx.x) % kChunks; }
+
     const GemmParams& p_;
-    int k_tile_, token_, chunk_;
+    int k_tile_;
     const T* from_;
 };
 

@@ -48,10 +48,11 @@ struct Contributors {
     }
 };
 
-// A block has at most two partial row tiles: the one it starts in the middle of (its first K-tile is
-// `first_tile`), and the one it leaves unfinished.
-ROSAQ_DEVICE int partial_slot(const Schedule& s, int block, int first_tile, int row_tile) {
-    return 2 * block + (row_tile * s.k_tiles < first_tile ? 0 : 1);
+// Where this block leaves its sums of a row tile. It has at most two that are not whole: the one it starts in
+// the middle of, and the one it leaves unfinished.
+ROSAQ_DEVICE int partial_slot(const Schedule& s, int row_tile) {
+    const int first = first_tile_of(s, static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x));
+    return 2 * block_of_grid(s) + (row_tile * s.k_tiles < first ? 0 : 1);
 }
 
 }  // namespace rosaq::cuda

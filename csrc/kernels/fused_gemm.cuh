@@ -53,23 +53,26 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) fused_gemm
 
     Accumulator<Tile::kTokenTiles> acc;
     acc.clear();
-    int stage = 0, free_stage = kAhead;
+    int stage = 0;
     for (int tile = first; tile < last; ++tile) {
         ptx::cp_async_wait<kAhead - 1>();
         __syncthreads();
+        // With many tokens every register counts: where a lane is is then found anew.
+        const Lane here(Tile::kHalves == 1 ? at : Lane(ptx::opaque(static_cast<int>(threadIdx.x))));
         if (tile + kAhead < last) {
-            weights.fetch(weight_stage<Tile>(smem, free_stage, at), at);
+            const int free_stage = stage == 0 ? kAhead : stage - 1;
+            weights.fetch(weight_stage<Tile>(smem, free_stage, here), here);
             x.fetch(x_stage<Tile>(smem, free_stage));
         }
         ptx::cp_async_commit();
 
-        unsigned char* const w_tile = weight_stage<Tile>(smem, stage, at);
+        unsigned char* const w_tile = weight_stage<Tile>(smem, stage, here);
         unsigned char* x_tile = x_stage<Tile>(smem, stage);
         if constexpr (Tile::kRotatesSlices)
-            if (p.rotates_slices) x_tile = slice.apply(x_tile, at);
-        const bool has_rows = WarpRows<Tile>(now.row_tile, at).slab < p.slabs;
+            if (p.rotates_slices) x_tile = slice.apply(x_tile, here);
+        const bool has_rows = WarpRows<Tile>(now.row_tile, here).slab < p.slabs;
         if (now.k_tile < p.k_blocks) {
-            if (has_rows) multiply_block<Tile>(p, w_tile, x_tile, acc, at);
+            if (has_rows) multiply_block<Tile>(p, w_tile, x_tile, acc, here);
         } else {
             if (!is_projected) grid.wait();
             is_projected = true;
@@ -78,11 +81,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) fused_gemm
             if (has_rows) multiply_salient<Tile>(p, w_tile, x_tile, acc);
         }
         if (now.k_tile == schedule.k_tiles - 1 || tile == last - 1) {
-            finish_row_tile<Tile>(p, first, now.row_tile, acc, x_stage<Tile>(smem, stage));
+            finish_row_tile<Tile>(p, now.row_tile, acc, x_stage<Tile>(smem, stage));
             acc.clear();
         }
         now.advance(schedule);
-        free_stage = stage;
         stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
     }
 }
