@@ -120,18 +120,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--m", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--rivals", action="store_true", help="humming, gemlite and Marlin too, where they load")
-    parser.add_argument("--marlin", type=Path, default=None, help="library of Marlin's kernel, see gpu_rivals.py")
+    parser.add_argument("--rivals", action="store_true", help="those of gpu_rivals.py too, where they load")
     parser.add_argument("--once", action="store_true", help="INT4 and INT3 once each, for a profiler; no timing")
     args = parser.parse_args()
     if args.once:
         once(args.shapes, args.m)
         return
     bandwidth = copy_bandwidth()
-    not_run = gpu_rivals.available(args.marlin) if args.rivals else {}
+    not_run = gpu_rivals.available() if args.rivals else {}
 
     def rivals(x: Tensor, n: int) -> dict[str, Any]:
-        return gpu_rivals.prepared(x, n, GROUP, args.marlin, not_run) if args.rivals else {}
+        return gpu_rivals.prepared(x, n, GROUP, not_run) if args.rivals else {}
 
     rows = []
     for shape in args.shapes:
