@@ -127,7 +127,8 @@ def test_a_gpu_that_is_not_there_is_refused_before_any_work(tmp_path, monkeypatc
 
 
 def test_the_commands_refuse_a_device_too(dense, tmp_path, capsys):
-    for command in (["quantize", str(dense), "-o", str(tmp_path / "out")], ["eval", str(dense)]):
+    quantize_command = ["quantize", str(dense), "-o", str(tmp_path / "out")]
+    for command in (quantize_command, ["eval", str(dense)], ["generate", str(dense), "text"]):
         with pytest.raises(SystemExit, match="2"):
             main([*command, "--device", "tpu"])
         assert "device: got 'tpu', need" in capsys.readouterr().err
@@ -140,6 +141,15 @@ def test_a_quantised_model_is_refused_on_a_gpu_without_kernels(tmp_path, monkeyp
     checkpoint = save_rosaq(tmp_path, default=LinearFormat(3, 32))
     with pytest.raises(ValueError, match="device: got cuda, but rosaq was built without CUDA"):
         load_subject(checkpoint, device="cuda:0")
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_float32_is_refused_for_a_quantised_model_on_a_gpu(tmp_path):
+    checkpoint = save_rosaq(tmp_path, default=LinearFormat(3, 32))
+    with pytest.raises(
+        ValueError, match="dtype: got float32 for a quantised model on cuda:0, need float16 or bfloat16"
+    ):
+        load_subject(checkpoint, "float32", device="cuda:0")
 
 
 def test_a_run_goes_on_only_on_the_kind_of_device_it_began_on(dense, tmp_path):

@@ -21,7 +21,7 @@ from rich.console import Console
 import rosaq
 from rosaq.checkpoint import bits_by_tensor, read_config, total_bytes
 from rosaq.cli.evaluate import eval_command
-from rosaq.cli.options import Documents, JsonFile, calibration_documents
+from rosaq.cli.options import Device, Documents, JsonFile, calibration_documents
 from rosaq.cli.quantize import quantize_command
 from rosaq.demo import run_demo
 from rosaq.doctor import diagnose, lines
@@ -58,11 +58,12 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    device: Device = "cpu",
     compile: Annotated[bool, typer.Option("--compile", help="Half a minute first, then faster tokens.")] = False,
 ) -> None:
     """Continue a text; how long a token took goes to standard error."""
     wanted: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    made = continue_text(model, prompt, dtype=dtype, compile=compile, **wanted)
+    made = continue_text(model, prompt, dtype=dtype, device=device, compile=compile, **wanted)
     typer.echo(made.text)
     times = [f"{1e3 * made.first_seconds:.1f} ms for the first"]
     if made.compile_seconds is not None:

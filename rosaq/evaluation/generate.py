@@ -48,18 +48,21 @@ def continue_text(
     temperature: float = 0.0,
     seed: int = 0,
     dtype: str = "bfloat16",
+    device: str = "cpu",
     compile: bool = False,
 ) -> Continuation:
-    """`prompt` and what `model` adds to it. compile: the step of one token, by torch.compile (see `compiled_step`)."""
+    """`prompt` and what `model` adds to it, on `device` ("cpu", "cuda" or "cuda:N"). compile: the step of one token, by
+    torch.compile (see `compiled_step`)."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: got {max_new_tokens}, need at least 1")
     if temperature < 0:
         raise ValueError(f"temperature: got {temperature}, need 0 or more")
-    loaded: Any = load_model(model, dtype)
+    loaded: Any = load_model(model, dtype, device)
     tokenizer = load_tokenizer(model)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("prompt: got no tokens, need some text")
+    inputs = inputs.to(loaded.device)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     clock = _Clock()
