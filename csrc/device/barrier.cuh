@@ -16,23 +16,31 @@ class GridBarrier {
         __syncthreads();
         if (threadIdx.x != 0) return;
         // The generation cannot move between this read and our own arrival.
-        generation_ = ptx::ld_acquire(counters_ + kBarrierGeneration);
+        const int generation = ptx::ld_acquire(counters_ + kBarrierGeneration);
+        *kept_generation() = generation;
         if (ptx::atom_add_acq_rel(counters_ + kBarrierCount, 1) == grid_ - 1) {
             ptx::st_release(counters_ + kBarrierCount, 0);
-            ptx::st_release(counters_ + kBarrierGeneration, generation_ + 1);
+            ptx::st_release(counters_ + kBarrierGeneration, generation + 1);
         }
     }
 
     ROSAQ_DEVICE void wait() {
-        if (threadIdx.x == 0)
-            while (ptx::ld_acquire(counters_ + kBarrierGeneration) == generation_) ptx::nanosleep(32);
+        if (threadIdx.x == 0) {
+            const int generation = *kept_generation();
+            while (ptx::ld_acquire(counters_ + kBarrierGeneration) == generation) ptx::nanosleep(32);
+        }
         __syncthreads();
     }
 
   private:
+    // Of thread 0 only, between arriving and waiting: not in a register, which the main loop needs.
+    ROSAQ_DEVICE static int* kept_generation() {
+        ROSAQ_SHARED(s_generation, int);
+        return &s_generation;
+    }
+
     int* counters_;
     int grid_;
-    int generation_ = 0;  // of thread 0 only
 };
 
 }  // namespace rosaq::cuda

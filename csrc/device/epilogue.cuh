@@ -29,7 +29,7 @@ ROSAQ_DEVICE void store_rows(const GemmParams& p, int token, int row, const floa
 template <class Tile>
 ROSAQ_DEVICE void store_y(const GemmParams& p, int row_tile, const Accumulator<Tile::kWarpTiles>& acc,
                           const Lane& at) {
-    const int row = WarpRows<Tile>(row_tile, at).row0 + at.gid * 4;
+    const int row = first_row<Tile>(row_tile, at) + at.gid * 4;
     if (row >= p.n) return;  // n is a multiple of 8: four rows are inside or outside together
     float bias[4] = {};
     load_bias(p, row, bias);

@@ -8,16 +8,11 @@
 
 namespace rosaq::cuda {
 
-// Where a warp's part of a row tile is: rows row0 .. row0 + 31, in slab `slab`. Warps past the last slab have
-// no work.
+// First row of a warp's record in a row tile, which is a slab of the packed weight.
 template <class Tile>
-struct WarpRows {
-    int slab, record, row0;
-    ROSAQ_DEVICE WarpRows(int row_tile, const Lane& at)
-        : slab(row_tile * Tile::kSlabs + at.record<Tile>() / kSlabRecords),
-          record(at.record<Tile>() % kSlabRecords),
-          row0(slab * kSlabRows + record * kRecordRows) {}
-};
+ROSAQ_DEVICE int first_row(int row_tile, const Lane& at) {
+    return row_tile * kSlabRows + at.record<Tile>() * kRecordRows;
+}
 
 template <class Tile>
 ROSAQ_DEVICE unsigned char* weight_stage(unsigned char* smem, int stage, const Lane& at) {
@@ -57,27 +52,26 @@ ROSAQ_DEVICE void fetch_salient(const GemmParams& p, unsigned char* to, int row0
 template <class Tile>
 class WeightStream {
   public:
-    ROSAQ_DEVICE WeightStream(const GemmParams& p, const Cursor& start, const Lane& at)
-        : p_(p), k_tile_(start.k_tile) {
-        const WarpRows<Tile> rows(start.row_tile, at);
-        slab_ = at.warp < Tile::kRowWarps ? rows.slab : p.slabs;
-        const int64_t k_block = min(k_tile_, p.k_blocks), slab = rows.slab;
-        const int64_t record = (slab * p.k_blocks + k_block) * kSlabRecords + rows.record;
+    ROSAQ_DEVICE WeightStream(const GemmParams& p, const Cursor& start, const Lane& at) : p_(p) {
+        const int64_t k_block = min(start.k_tile, p.k_blocks), slab = start.row_tile;
+        const int64_t record = (slab * p.k_blocks + k_block) * kSlabRecords + at.record<Tile>();
         codes_ = p.codes + record * Tile::kRecordBytes + at.lane * kLoadBytes;
         // One more copy a lane: 64 bytes of scales a group, four lanes; 32 bytes of zeros, two lanes of the
         // upper half.
         static_assert(Tile::kScaleBytes == 16 * kLoadBytes, "scales and zeros lie in the order of the lanes");
+        const bool is_scale = at.lane < 16;
+        const int piece = at.lane % 16, pieces = is_scale ? 4 : 2;  // of 16 bytes, of a group
         const int64_t group =
-            slab * p.groups + (p.groups == 1 ? 0 : k_block * p.groups_per_block) + piece(at) / pieces(at);
-        side_ = (is_scale(at) ? p.scales : p.zeros) + group * unit(at) +
-                (rows.record * pieces(at) + piece(at) % pieces(at)) * kLoadBytes;
+            slab * p.groups + (p.groups == 1 ? 0 : k_block * p.groups_per_block) + piece / pieces;
+        side_ = (is_scale ? p.scales : p.zeros) + group * unit(at) +
+                (at.record<Tile>() * pieces + piece % pieces) * kLoadBytes;
     }
 
-    // Copies the next K-tile to this warp's part of a weight stage.
-    ROSAQ_DEVICE void fetch(unsigned char* to, const Lane& at) {
-        const bool has_rows = slab_ < p_.slabs;
-        if (k_tile_ < p_.k_blocks) {
-            if (has_rows) {
+    // Copies K-tile `next`, which has to be the one after the last, to this warp's part of a weight stage.
+    ROSAQ_DEVICE void fetch(const Cursor& next, unsigned char* to, const Lane& at) {
+        const bool copies = at.half<Tile>() == 0;
+        if (next.k_tile < p_.k_blocks) {
+            if (copies) {
 #pragma unroll
                 for (int plane = 0; plane < Tile::kBits; ++plane) {
                     const int offset = plane * kLanes * kLoadBytes;
@@ -87,32 +81,24 @@ class WeightStream {
             }
             codes_ += kSlabRecords * Tile::kRecordBytes;
             if (p_.groups != 1) side_ += p_.groups_per_block * unit(at);
-        } else if (has_rows) {
-            const int row0 = slab_ * kSlabRows + at.record<Tile>() % kSlabRecords * kRecordRows;
-            fetch_salient(p_, to, row0, (k_tile_ - p_.k_blocks) * kSalientCols);
+        } else if (copies) {
+            fetch_salient(p_, to, first_row<Tile>(next.row_tile, at),
+                          (next.k_tile - p_.k_blocks) * kSalientCols);
         }
-        if (++k_tile_ < p_.schedule.k_tiles) return;
-        k_tile_ = 0;
-        ++slab_;
-        if (p_.groups == 1) side_ += unit(at);
+        // The codes of the next row tile follow.
+        if (p_.groups == 1 && next.k_tile + 1 == p_.schedule.k_tiles) side_ += unit(at);
     }
 
   private:
-    static_assert(Tile::kSlabs == 1, "the slabs of a block's row tiles follow each other");
-    // Not kept: where registers are short, a few instructions cost less than one of them.
-    ROSAQ_DEVICE static bool is_scale(const Lane& at) { return at.lane < 16; }
-    ROSAQ_DEVICE static int piece(const Lane& at) { return at.lane % 16; }
-    // Of 16 bytes, of a group.
-    ROSAQ_DEVICE static int pieces(const Lane& at) { return is_scale(at) ? 4 : 2; }
-    // Bytes of a group of a slab.
-    ROSAQ_DEVICE static int unit(const Lane& at) { return is_scale(at) ? kSlabRows * 2 : kSlabRows; }
+    // Whether this lane copies scales or zeros: there may be fewer groups than it would take lanes for.
     ROSAQ_DEVICE bool has_side(const Lane& at) const {
-        return piece(at) / pieces(at) < p_.groups_per_block &&
-               (is_scale(at) || (!Tile::kSymmetric && p_.zeros != nullptr));
+        if (at.lane < 16) return at.lane / 4 < p_.groups_per_block;
+        return !Tile::kSymmetric && p_.zeros != nullptr && (at.lane - 16) / 2 < p_.groups_per_block;
     }
+    // Bytes of a group of a slab, of what it copies.
+    ROSAQ_DEVICE static int unit(const Lane& at) { return at.lane < 16 ? kSlabRows * 2 : kSlabRows; }
 
     const GemmParams& p_;
-    int k_tile_, slab_;  // slab_ past the last one: nothing to copy
     const uint8_t *codes_, *side_;
 };
 
@@ -126,17 +112,18 @@ class XStream {
     static_assert(kTokenStep % 2 == 0 && kCopies * kTokenStep == Tile::kTokens,
                   "the swizzle depends on token % 2");
 
-    ROSAQ_DEVICE XStream(const GemmParams& p, const Cursor& start) : p_(p), k_tile_(start.k_tile) {
-        const int64_t k = static_cast<int64_t>(min(k_tile_, p.k_blocks)) * kBlockK + chunk() * 8;
+    ROSAQ_DEVICE XStream(const GemmParams& p, const Cursor& start) : p_(p) {
+        const int64_t k = static_cast<int64_t>(min(start.k_tile, p.k_blocks)) * kBlockK + chunk() * 8;
         from_ = static_cast<const T*>(p.t != nullptr ? p.t : p.x) + static_cast<int64_t>(token()) * p.k + k;
     }
 
-    ROSAQ_DEVICE void fetch(unsigned char* x) {
-        if (k_tile_ < p_.k_blocks) {
+    // Of K-tile `next`, which has to be the one after the last.
+    ROSAQ_DEVICE void fetch(const Cursor& next, unsigned char* x) {
+        if (next.k_tile < p_.k_blocks) {
             const int thread = Tile::kHalves == 1 ? static_cast<int>(threadIdx.x)
                                                   : ptx::opaque(static_cast<int>(threadIdx.x));
             const int token = thread / kChunks, chunk = thread % kChunks;
-            const bool has_k = k_tile_ * kBlockK + chunk * 8 < p_.k;
+            const bool has_k = next.k_tile * kBlockK + chunk * 8 < p_.k;
             unsigned char* to = x + x_chunk_offset(token, chunk);
 #pragma unroll
             for (int i = 0; i < kCopies; ++i) {
@@ -147,9 +134,7 @@ class XStream {
             }
             from_ += kBlockK;
         }
-        if (++k_tile_ < p_.schedule.k_tiles) return;
-        k_tile_ = 0;
-        from_ -= static_cast<int64_t>(p_.k_blocks) * kBlockK;
+        if (next.k_tile + 1 == p_.schedule.k_tiles) from_ -= static_cast<int64_t>(p_.k_blocks) * kBlockK;
     }
 
   private:
@@ -157,7 +142,6 @@ class XStream {
     ROSAQ_DEVICE static int chunk() { return static_cast<int>(threadIdx.x) % kChunks; }
 
     const GemmParams& p_;
-    int k_tile_;
     const T* from_;
 };
 

@@ -9,7 +9,9 @@
 
 namespace rosaq::cuda {
 
-// W[32 rows, 64 k of the half], decoded.
+// acc += W[32 rows, 64 k of the half] x^T, 32 k at a time: decoded, multiplied with all tokens, scaled.
+// Keeping the sums of 64 k would scale half as often, but takes the registers that some architectures do not
+// have left.
 template <class Tile>
 class HalfProduct {
   public:
@@ -18,68 +20,44 @@ class HalfProduct {
     ROSAQ_DEVICE HalfProduct(const GemmParams& p, const unsigned char* weights, const unsigned char* x,
                              const Lane& at)
         : scales_(weights + Tile::kRecordBytes), x_(x), p_(p), at_(at), half_(at.half<Tile>()) {
-        uint32_t words[4 * Tile::kBits];
 #pragma unroll
         for (int word = 0; word < 2 * Tile::kBits; word += 2) {
             const int place = half_ * 2 * Tile::kBits + word;
             const uint2 v = *reinterpret_cast<const uint2*>(
                 weights + (place / 4 * kLanes + at.lane) * kLoadBytes + place % 4 * 4);
-            words[word] = v.x, words[word + 1] = v.y;
-        }
-        decode<T, Tile::kBits, 0>(words, a_[0]);
-        decode<T, Tile::kBits, 1>(words, a_[1]);
-        if constexpr (!Tile::kSymmetric) {
-            subtract_zeros<Tile>(p, a_[0], scales_ + Tile::kScaleBytes, group_of(0), at);
-            subtract_zeros<Tile>(p, a_[1], scales_ + Tile::kScaleBytes, group_of(1), at);
+            words_[word] = v.x, words_[word + 1] = v.y;
         }
     }
 
-    // acc += W x^T.
+    // For 32 k, number kSub (0, 1) of the half.
+    template <int kSub>
     ROSAQ_DEVICE void add(Accumulator<Tile::kTokenTiles>& acc) const {
-        if (p_.groups_per_block == 4) {
-            add_part<0, 1>(acc);
-            add_part<1, 1>(acc);
-        } else {
-            add_part<0, 2>(acc);
+        const int sub = 2 * half_ + kSub, group = sub * p_.groups_per_block / 4;
+        uint32_t a[2][2][4];
+        decode<T, Tile::kBits, kSub>(words_, a);
+        if constexpr (!Tile::kSymmetric) subtract_zeros<Tile>(p_, a, scales_ + Tile::kScaleBytes, group, at_);
+        const RowScales scales(scales_, group, p_.scale_is_bf16, at_);
+#pragma unroll
+        for (int t = 0; t < Tile::kTokenTiles; ++t) {
+            const XFragment b(x_, t, sub * 4, at_);
+            float sum[2][4];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                ptx::mma_m16n8k16_first<T>(sum[i], a[i][0], b.step[0]);
+                ptx::mma_m16n8k16<T>(sum[i], a[i][1], b.step[1]);
+                add_scaled(acc.sum[i][t], sum[i], scales, i);
+            }
+            // Keeps loads of x, and with them the sums, of all tokens from being started at once.
+            if (t % 4 == 3) __syncwarp();
         }
     }
 
   private:
-    // Number of the group, within the block of k, of 32 k of the half.
-    ROSAQ_DEVICE int group_of(int sub) const {
-        return p_.groups_per_block == 4 ? 2 * half_ + sub : p_.groups_per_block == 2 ? half_ : 0;
-    }
-
-    // kSubs times 32 k of one group, from kFirst on.
-    template <int kFirst, int kSubs>
-    ROSAQ_DEVICE void add_part(Accumulator<Tile::kTokenTiles>& acc) const {
-        const RowScales scales(scales_, group_of(kFirst), p_.scale_is_bf16, at_);
-#pragma unroll
-        for (int t = 0; t < Tile::kTokenTiles; ++t) {
-            float sum[2][4];
-#pragma unroll
-            for (int sub = kFirst; sub < kFirst + kSubs; ++sub) {
-                const XFragment b(x_, t, (2 * half_ + sub) * 4, at_);
-#pragma unroll
-                for (int step = 0; step < 2; ++step)
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        if (sub == kFirst && step == 0)
-                            ptx::mma_m16n8k16_first<T>(sum[i], a_[sub][i][step], b.step[step]);
-                        else
-                            ptx::mma_m16n8k16<T>(sum[i], a_[sub][i][step], b.step[step]);
-                    }
-            }
-            add_scaled(acc.sum[0][t], sum[0], scales, 0);
-            add_scaled(acc.sum[1][t], sum[1], scales, 1);
-        }
-    }
-
     const unsigned char *scales_, *x_;
     const GemmParams& p_;
     const Lane& at_;
     int half_;
-    uint32_t a_[2][2][2][4];  // [32 k][row tile][step][register]
+    uint32_t words_[4 * Tile::kBits];  // the half's: the first half of them
 };
 
 template <class Tile>
@@ -87,7 +65,9 @@ ROSAQ_DEVICE void multiply_block(const GemmParams& p, const unsigned char* weigh
                                  Accumulator<Tile::kTokenTiles>& acc, const Lane& at) {
     if constexpr (Tile::kHalves == 2) {
         const Lane again(ptx::opaque(static_cast<int>(threadIdx.x)));
-        HalfProduct<Tile>(p, weights, x, again).add(acc);
+        const HalfProduct<Tile> product(p, weights, x, again);
+        product.template add<0>(acc);
+        product.template add<1>(acc);
     } else {
         multiply_record<Tile>(p, weights, StagedX{x, at}, acc, at);
     }

@@ -22,7 +22,7 @@ struct Tile {
     static constexpr int kWarpTiles = kTokenTiles / kHalves;  // of 8 tokens, that a warp brings to y
     static constexpr int kThreads = kWarps * kLanes, kRows = kRowWarps * kRecordRows,
                          kTokens = 8 * kTokenTiles;
-    static constexpr int kSlabs = kRows / kSlabRows;
+    static_assert(kRows == kSlabRows, "a row tile is a slab of the packed weight");
     static constexpr int kStages = kTokenTiles <= 2 || kHalves == 2 ? 3 : 4;
     // Blocks for which the registers of a multiprocessor have to do.
     static constexpr int kBlocksPerSm = kTokenTiles <= 2 ? 4 : kTokenTiles == 4 ? 3 : 1;

@@ -21,13 +21,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) fused_gemm
     const Lane at;
     const Schedule& schedule = p.schedule;
     const int list = static_cast<int>(blockIdx.y), part = static_cast<int>(blockIdx.x);
-    const int first = first_tile_of(schedule, list, part), last = first_tile_of(schedule, list, part + 1);
+    const int first = first_tile_of(schedule, list, part);
+    const int tiles = first_tile_of(schedule, list, part + 1) - first;
     constexpr int kAhead = Tile::kStages - 1;
 
-    Cursor now(schedule, list, first);
+    Cursor now(schedule, list, first), ahead = now;
     WeightStream<Tile> weights(p, now, at);
-    for (int i = 0; i < kAhead; ++i)
-        if (first + i < last) weights.fetch(weight_stage<Tile>(smem, i, at), at);
+    for (int i = 0; i < kAhead; ++i) {
+        if (i < tiles) weights.fetch(ahead, weight_stage<Tile>(smem, i, at), at);
+        ahead.advance(schedule);
+    }
 
     GridBarrier grid(p.counters, schedule.grid);
     auto* s_sums = reinterpret_cast<float*>(x_stage<Tile>(smem, 0));  // free until x is fetched
@@ -39,30 +42,33 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) fused_gemm
         grid.arrive();
         grid.wait();
     }
-    bool is_projected = schedule.projection_parts == 0;
-    if (!is_projected) {
+    const bool projects = schedule.projection_parts != 0;
+    if (projects) {
         project<Tile>(p, s_sums, at);
         grid.arrive();
     }
 
     XStream<Tile> x(p, now);
+    ahead = now;
     for (int i = 0; i < kAhead; ++i) {
-        if (first + i < last) x.fetch(x_stage<Tile>(smem, i));
+        if (i < tiles) x.fetch(ahead, x_stage<Tile>(smem, i));
         ptx::cp_async_commit();
+        ahead.advance(schedule);
     }
 
     Accumulator<Tile::kTokenTiles> acc;
     acc.clear();
     int stage = 0;
-    for (int tile = first; tile < last; ++tile) {
+    for (int left = tiles; left > 0; --left) {
         ptx::cp_async_wait<kAhead - 1>();
         __syncthreads();
         // With many tokens every register counts: where a lane is is then found anew.
         const Lane here(Tile::kHalves == 1 ? at : Lane(ptx::opaque(static_cast<int>(threadIdx.x))));
-        if (tile + kAhead < last) {
+        if (left > kAhead) {
             const int free_stage = stage == 0 ? kAhead : stage - 1;
-            weights.fetch(weight_stage<Tile>(smem, free_stage, here), here);
-            x.fetch(x_stage<Tile>(smem, free_stage));
+            weights.fetch(ahead, weight_stage<Tile>(smem, free_stage, here), here);
+            x.fetch(ahead, x_stage<Tile>(smem, free_stage));
+            ahead.advance(schedule);
         }
         ptx::cp_async_commit();
 
@@ -70,17 +76,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) fused_gemm
         unsigned char* x_tile = x_stage<Tile>(smem, stage);
         if constexpr (Tile::kRotatesSlices)
             if (p.rotates_slices) x_tile = slice.apply(x_tile, here);
-        const bool has_rows = WarpRows<Tile>(now.row_tile, here).slab < p.slabs;
         if (now.k_tile < p.k_blocks) {
-            if (has_rows) multiply_block<Tile>(p, w_tile, x_tile, acc, here);
+            multiply_block<Tile>(p, w_tile, x_tile, acc, here);
         } else {
-            if (!is_projected) grid.wait();
-            is_projected = true;
+            if (projects) grid.wait();  // at the first such tile; later ones find it done
             gather_salient<Tile>(p, (now.k_tile - p.k_blocks) * kSalientCols, x_tile);
             __syncthreads();
-            if (has_rows) multiply_salient<Tile>(p, w_tile, x_tile, acc);
+            multiply_salient<Tile>(p, w_tile, x_tile, acc);
         }
-        if (now.k_tile == schedule.k_tiles - 1 || tile == last - 1) {
+        if (now.k_tile == schedule.k_tiles - 1 || left == 1) {
             finish_row_tile<Tile>(p, now.row_tile, acc, x_stage<Tile>(smem, stage));
             acc.clear();
         }
