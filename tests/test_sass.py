@@ -29,7 +29,10 @@ FUSED = re.compile(r"fused_gemm_kernel<.*Tile<(?P<dtype>\w+), (?P<bits>\d), (?P<
 # (symmetric only, tiles of 8 tokens): instructions for each MMA, with all of the loop's work: fetching, decoding,
 # scaling. The most that nvcc 13.0 needs for any architecture and dtype, and 3 % more; a change that needs fewer should
 # lower its line.
-BUDGET = {(True, 1): 24.0, (True, 2): 13.2, (False, 1): 31.8, (False, 2): 17.0, (False, 4): 11.5, (False, 8): 11.6}
+BUDGET = {(True, 1): 26.4, (True, 2): 14.5, (False, 1): 32.8, (False, 2): 18.2, (False, 4): 10.3, (False, 8): 10.5}
+# The kernel for a few tokens, whose loop reads x from global memory.
+FEW = re.compile(r"few_tokens_kernel<.*Tile<\w+, \d, (?P<symmetric>true|false), 1>>")
+FEW_BUDGET = {True: 26.2, False: 34.2}
 # Not a spill: an array that is indexed at run time, in a kernel that runs once for each weight, at load time.
 MAY_USE_LOCAL_MEMORY = {"rosaq::cuda::prepack_codes_kernel<4>"}
 
@@ -37,6 +40,8 @@ MAY_USE_LOCAL_MEMORY = {"rosaq::cuda::prepack_codes_kernel<4>"}
 def plain_turn(facts: Facts) -> int:
     """MMAs of a turn of a fused main loop that rotates nothing: 8 steps x 2 row tiles x token tiles of a warp."""
     found = FUSED.search(facts.name)
+    if FEW.search(facts.name):
+        return 16
     return 16 * min(int(found["tiles"]), 4) if found else max(map(int, facts.hot), default=0)
 
 
@@ -57,7 +62,7 @@ def problems(facts: Facts, budget: float | None) -> list[str]:
         found.append(f"asynchronous copies of less than 128 bits: {narrow}")
     if divisions := count(turn, "MUFU.RCP", "I2F.RP", "I2F.U32.RP"):
         found.append(f"{divisions} instructions of divisions in the main loop")
-    if loads := count(turn, "LDG", "LD"):
+    if (loads := count(turn, "LDG", "LD")) and not FEW.search(facts.name):
         found.append(f"{loads} synchronous loads from global memory in the main loop")
     per_mma = sum(turn.values()) / mma
     if per_mma > budget:
@@ -66,6 +71,8 @@ def problems(facts: Facts, budget: float | None) -> list[str]:
 
 
 def budget_of(facts: Facts) -> float | None:
+    if found := FEW.search(facts.name):
+        return FEW_BUDGET[found["symmetric"] == "true"]
     found = FUSED.search(facts.name)
     return BUDGET[found["symmetric"] == "true", int(found["tiles"])] if found else None
 
@@ -77,9 +84,9 @@ def test_kernels_are_what_they_were_written_to_be(arch: str) -> None:
     if arch not in re.split("[;, ]+", str(_C.build_info()["cuda_archs"])):
         pytest.skip(f"this build has no code for sm_{arch}")
     kernels = facts_of(Path(_C.__file__), arch)
-    assert sum(budget_of(facts) is not None for facts in kernels) == len(
-        list((ROOT / "csrc/launch/instances").glob("*.cu"))
-    )
+    instances = [path.name for path in (ROOT / "csrc/launch/instances").glob("*.cu")]
+    assert sum(FUSED.search(facts.name) is not None for facts in kernels) == len(instances)
+    assert sum(FEW.search(facts.name) is not None for facts in kernels) == sum("_m8." in name for name in instances)
     found = {f"{facts.name} sm_{arch}": problems(facts, budget_of(facts)) for facts in kernels}
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
 

@@ -60,11 +60,11 @@ class WeightStream {
         // upper half.
         static_assert(Tile::kScaleBytes == 16 * kLoadBytes, "scales and zeros lie in the order of the lanes");
         const bool is_scale = at.lane < 16;
-        const int piece = at.lane % 16, pieces = is_scale ? 4 : 2;  // of 16 bytes, of a group
+        const int piece = at.lane % 16, shift = is_scale ? 2 : 1;  // 1 << shift pieces of 16 bytes a group
         const int64_t group =
-            slab * p.groups + (p.groups == 1 ? 0 : k_block * p.groups_per_block) + piece / pieces;
+            slab * p.groups + (p.groups == 1 ? 0 : k_block * p.groups_per_block) + (piece >> shift);
         side_ = (is_scale ? p.scales : p.zeros) + group * unit(at) +
-                (at.record<Tile>() * pieces + piece % pieces) * kLoadBytes;
+                ((at.record<Tile>() << shift) + (piece & ((1 << shift) - 1))) * kLoadBytes;
     }
 
     // Copies K-tile `next`, which has to be the one after the last, to this warp's part of a weight stage.

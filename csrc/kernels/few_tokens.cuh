@@ -33,15 +33,15 @@ class RecordStream {
         }
         // As WeightStream: scales by the lower half of the lanes, zeros by lanes of the upper.
         const bool is_scale = at_.lane < 16;
-        const int piece = is_scale ? at_.lane : at_.lane - 16, pieces = is_scale ? 4 : 2;
-        if (piece / pieces >= p_.groups_per_block) return;
+        const int piece = at_.lane % 16, shift = is_scale ? 2 : 1;  // 1 << shift pieces of 16 bytes a group
+        if (piece >> shift >= p_.groups_per_block) return;
         if (!is_scale && (Tile::kSymmetric || p_.zeros == nullptr)) return;
         const int64_t group = static_cast<int64_t>(slab_) * p_.groups +
-                              (p_.groups == 1 ? 0 : tile * p_.groups_per_block) + piece / pieces;
+                              (p_.groups == 1 ? 0 : tile * p_.groups_per_block) + (piece >> shift);
         const uint8_t* side =
             (is_scale ? p_.scales : p_.zeros) + group * (is_scale ? kSlabRows * 2 : kSlabRows);
         ptx::cp_async_16(to + Tile::kRecordBytes + at_.lane * kLoadBytes,
-                         side + (record_ * pieces + piece % pieces) * kLoadBytes);
+                         side + ((record_ << shift) + (piece & ((1 << shift) - 1))) * kLoadBytes);
     }
 
   private:
