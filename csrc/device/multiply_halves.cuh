@@ -1,17 +1,15 @@
-// One K-tile times more than 16 tokens: the two warps of a record take half of its k each, for all tokens.
+// One K-tile times more than 32 tokens: the two warps of a record take half of its k each, for all tokens.
 //
-// A warp decodes its half once and keeps it in registers while the token tiles go by, so a token tile costs
-// its multiplies, two loads of x and the scaling of its sums. When the row tile is done the two warps
-// exchange half of their sums.
+// A warp keeps what it decoded in registers while the token tiles go by. When the row tile is done the two
+// warps exchange half of their sums.
 #pragma once
 
 #include "multiply.cuh"
 
 namespace rosaq::cuda {
 
-// acc += W[32 rows, 64 k of the half] x^T, 32 k at a time: decoded, multiplied with all tokens, scaled.
-// Keeping the sums of 64 k would scale half as often, but takes the registers that some architectures do not
-// have left.
+// W[32 rows, 64 k of the half] times x^T, 32 k at a time: decoded, multiplied with all tokens, scaled. Keeping
+// the sums of 64 k would scale half as often, but takes registers that some architectures do not have left.
 template <class Tile>
 class HalfProduct {
   public:
@@ -29,7 +27,7 @@ class HalfProduct {
         }
     }
 
-    // For 32 k, number kSub (0, 1) of the half.
+    // acc += the product of 32 k, number kSub (0, 1) of the half.
     template <int kSub>
     ROSAQ_DEVICE void add(Accumulator<Tile::kTokenTiles>& acc) const {
         const int sub = 2 * half_ + kSub, group = sub * p_.groups_per_block / 4;
