@@ -8,8 +8,9 @@
 
 namespace rosaq::cuda {
 
-// W[32 rows, 64 k of the half] times x^T, 32 k at a time: decoded, multiplied with all tokens, scaled. Keeping
-// the sums of 64 k would scale half as often, but takes registers that some architectures do not have left.
+// W[32 rows, 64 k of the half] times x^T, 32 k at a time: decoded, multiplied with all tokens, scaled.
+// Keeping the sums of 64 k would scale half as often, but takes registers that some architectures do not have
+// left.
 template <class Tile>
 class HalfProduct {
   public:

@@ -14,8 +14,9 @@ struct Tile {
     using T = T_;
     static constexpr int kBits = kBits_, kTokenTiles = kTokenTiles_;
     static constexpr bool kSymmetric = kSymmetric_;  // false: zero points where the blob has them
-    // The sums of more than 32 tokens are all that the registers of a warp hold: two warps share a record, each
-    // for half of its k, so that no weight is decoded twice. In the end each brings half of the tokens to y.
+    // The sums of more than 32 tokens are all that the registers of a warp hold: two warps share a record,
+    // each for half of its k, so that no weight is decoded twice. In the end each brings half of the tokens
+    // to y.
     static constexpr int kHalves = kTokenTiles <= 4 ? 1 : 2;
     static constexpr int kRowWarps = 4, kWarps = kRowWarps * kHalves;
     static constexpr int kWarpTiles = kTokenTiles / kHalves;  // of 8 tokens, that a warp brings to y
