@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_timing import copy_bandwidth, gpu
+from gpu_timing import copy_bandwidth, gpu, graph_of
 from timing import machine
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
@@ -89,14 +89,7 @@ def milliseconds_per_token(model: Any, batch: int, tokens: int) -> float:
         chosen: torch.Tensor = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
         return chosen
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        token.copy_(step())
+    graph = graph_of([lambda: token.copy_(step())])
     times = []
     for _ in range(ROUNDS):
         for layer, length in zip(cache.layers, start, strict=True):

@@ -118,13 +118,13 @@ def load_model(model: str | Path | nn.Module, dtype: str | None = None, device: 
         raise ValueError(f"dtype: got {dtype!r}, need one of {DTYPES}")
     place = choose_device(device)
     _check_name(model)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if place.type != "cpu" and dtype in (None, "float32"):
-        is_quantised = getattr(AutoConfig.from_pretrained(model), "quantization_config", None) is not None
-        if is_quantised and dtype is not None:
+        is_ours = _is_ours(model)
+        if is_ours and dtype is not None:
             raise ValueError(f"dtype: got {dtype} for a quantised model on {place}, need float16 or bfloat16")
-        dtype = "bfloat16" if is_quantised else "float32"
+        dtype = "bfloat16" if is_ours else "float32"
     loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype or "float32"))
     if any(isinstance(module, RosaqLinear) for module in loaded.modules()):
         try:
@@ -132,6 +132,15 @@ def load_model(model: str | Path | nn.Module, dtype: str | None = None, device: 
         except RuntimeError as error:
             raise ValueError(str(error)) from error
     return loaded.eval() if place.type == "cpu" else loaded.to(place).eval()
+
+
+def _is_ours(model: str | Path) -> bool:
+    """Whether the model of that name is a rosaq checkpoint: what others quantised may take float32."""
+    from transformers import AutoConfig
+
+    found = getattr(AutoConfig.from_pretrained(model), "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return method == "rosaq"
 
 
 def load_tokenizer(model: str | Path | nn.Module) -> Any:
