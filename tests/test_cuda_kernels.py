@@ -96,6 +96,23 @@ def test_a_shared_rotation_is_applied_to_slices_or_before(m: int, k: int, b: int
         assert_as_good_as(y, linear.plain(x), want(linear, x))
 
 
+@pytest.mark.parametrize("resident", [1, 64], ids=["8 warps", "16 warps"])
+@pytest.mark.parametrize(("k", "r"), [(32, 1), (384, 160), (640, 8), (1024, 33), (2112, 65)])
+@pytest.mark.parametrize("m", [1, 8])
+def test_any_warp_of_the_kernel_for_a_few_tokens_may_take_salient_channels(
+    m: int, k: int, r: int, resident: int
+) -> None:
+    """Warps take turns over the blocks of k, and whoever comes next takes the first salient ones."""
+    linear, x = make_linear(64, k, 3, 32), make_x(m, k, "float16")
+    linear.extras |= {
+        "salient_weight": torch.randn(64, r).half(),
+        "salient_index": torch.randperm(k)[:r].int(),
+    }
+    for mode in ("plain", "checked"):
+        y = EmulatedLinear(linear, mode).run(x, Options(seed=k), resident=resident)
+        assert_as_good_as(y, linear.plain(x), want(linear, x))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zeros_up_to_255_are_exact(dtype: torch.dtype) -> None:
     linear = make_linear(16, 64, 4, 32, symmetric=False)

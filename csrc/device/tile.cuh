@@ -78,7 +78,8 @@ struct Lane {
     }
     template <class Tile>
     ROSAQ_DEVICE int half() const {
-        return warp / Tile::kRowWarps;
+        // Where k is not halved a block may have more warps than records of rows (few_tokens.cuh).
+        return Tile::kHalves == 1 ? 0 : warp / Tile::kRowWarps;
     }
     template <class Tile>
     ROSAQ_DEVICE int token_tile() const {

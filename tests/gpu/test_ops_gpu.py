@@ -135,6 +135,21 @@ def test_blocks_of_few_and_many_warps_take_turns() -> None:
         assert_as_good_as(y.cpu(), on_gpu(linear).plain(x.to(DEVICE)).cpu(), want(linear, x))
 
 
+@pytest.mark.parametrize("num_rows", [64, 64 * 256], ids=["16 warps", "8 warps"])
+@pytest.mark.parametrize(("k", "r"), [(384, 160), (640, 8), (1024, 33), (2112, 65), (11008, 128)])
+@pytest.mark.parametrize("m", [1, 8])
+def test_any_warp_of_the_kernel_for_a_few_tokens_may_take_salient_channels(
+    m: int, k: int, r: int, num_rows: int
+) -> None:
+    linear, x = make_linear(num_rows, k, 3, 32), make_x(m, k, "float16")
+    linear.extras |= {
+        "salient_weight": torch.randn(num_rows, r).half(),
+        "salient_index": torch.randperm(k)[:r].int(),
+    }
+    y = on_gpu(linear).run(x.to(DEVICE))
+    assert_as_good_as(y.cpu(), on_gpu(linear).plain(x.to(DEVICE)).cpu(), want(linear, x))
+
+
 @pytest.mark.parametrize("m", [128, 129, 255, 1024])
 def test_both_sides_of_the_switch_to_a_plain_matmul_agree(m: int) -> None:
     linear = with_everything()
