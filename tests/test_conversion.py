@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,3 +224,46 @@ def test_dense_checkpoints_and_full_outputs_are_refused(tmp_path, checkpoint):
         convert(checkpoint, checkpoint)
     with pytest.raises(FileNotFoundError, match="config.json: got no such file"):
         convert(tmp_path / "none", tmp_path / "out")
+
+
+def test_outputs_that_cannot_be_replaced_are_refused_before_any_work(tmp_path, checkpoint, monkeypatch):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    for output in (".", "..", inside):
+        with pytest.raises(ValueError, match="output: got .* which holds the working directory"):
+            convert(checkpoint, output, force=True)
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "mounted")
+    with pytest.raises(ValueError, match="output: got .*mounted, a mount point, which cannot be renamed"):
+        convert(checkpoint, tmp_path / "mounted")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inside", "model"]
+
+
+def test_a_link_stands_for_its_target(tmp_path, checkpoint):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    convert(checkpoint, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "model", "target"]
+
+
+def test_the_earlier_output_comes_back_where_renaming_fails(tmp_path, checkpoint, monkeypatch):
+    output, rename = tmp_path / "out", Path.rename
+    output.mkdir()
+    (output / "precious.txt").write_text("mine")
+
+    def busy(self, target):
+        if self.name == ".out.writing":
+            raise OSError("busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(OSError, match="busy"):
+        convert(checkpoint, output, force=True)
+    assert (output / "precious.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+    monkeypatch.undo()
+    (tmp_path / ".out.replaced").symlink_to("nowhere")  # of a crash
+    convert(checkpoint, output, force=True)
+    assert not (output / "precious.txt").exists()

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from rosaq.pipeline import quantize
 from rosaq.quantizers import NotPositiveDefiniteError
+from rosaq.specs import CalibrationSpec
 from tests.models import SMALL, save_dense, tiny_llama
 
 
@@ -98,6 +99,9 @@ def test_activations_that_overflow_name_the_layer(dense, tmp_path):
         ({"salient": 17}, "self_attn.q_proj: salient: got 17, need at most in_features / 4 = 16"),
         ({"salient": -1}, "salient: got -1"),
         ({"calibration": ["too short"]}, "text: got 9 tokens"),
+        ({"calibration": "some text"}, "calibration: got 'some text', need a list of documents"),
+        ({"spec": CalibrationSpec(6, 513)}, "sequence_length: got 513, need at most 512, the positions this model"),
+        ({"recipe": "rtn", "importance": "norm"}, "importance: got 'norm' with recipe 'rtn', need one that looks at"),
         ({"calibration": ["a" * 500]}, "calibration: got 6 sequences of one repeated token each, need text"),
         ({"importance": "loud"}, "importance: got 'loud', need one of"),
         ({"resume": True}, "resume: got no unfinished run"),
@@ -107,6 +111,12 @@ def test_bad_arguments_are_refused_before_any_work(arguments, message, dense, tm
     with pytest.raises(ValueError, match=message):
         quantize(dense, tmp_path / "out", **(SMALL | arguments))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_a_seed_out_of_range_is_refused(seed):
+    with pytest.raises(ValueError, match=rf"seed: got {seed}, need 0 <= seed < 2\*\*31"):
+        CalibrationSpec(seed=seed)
 
 
 def test_second_moments_that_cannot_be_inverted_name_the_layer(dense, tmp_path, monkeypatch):
@@ -141,3 +151,34 @@ def test_a_full_disk_is_told_and_leaves_the_finished_blocks(dense, tmp_path, mon
     assert not (tmp_path / "out").exists()
     quantize(dense, tmp_path / "out", recipe="rtn", resume=True, **SMALL)
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_an_output_that_cannot_be_replaced_is_refused_before_any_work(dense, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="output: got ., which holds the working directory"):
+        quantize(dense, ".", **SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_as_output_stands_for_its_target(dense, tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "old.txt").touch()
+    (tmp_path / "link").symlink_to("target")
+    (tmp_path / ".target.replaced").symlink_to("nowhere")  # of a crash
+    quantize(dense, tmp_path / "link", recipe="rtn", force=True, **SMALL)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target" / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".target.replaced", "link", "target"]
+
+
+def test_an_error_in_the_first_block_leaves_what_was_finished_before_it(dense, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("of a block")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rosaq.pipeline.run.quantize_block", fail)
+        with pytest.raises(RuntimeError, match="of a block"):
+            quantize(dense, tmp_path / "out", recipe="quarot", **SMALL)
+    assert (tmp_path / ".out.partial" / "rotations.safetensors").is_file()
+    quantize(dense, tmp_path / "out", recipe="quarot", resume=True, **SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -15,7 +15,7 @@ from rosaq.checkpoint.measure import (
     read_config,
     total_bytes,
 )
-from rosaq.checkpoint.new_directory import new_directory
+from rosaq.checkpoint.new_directory import check_output, new_directory, put_in_place
 from rosaq.checkpoint.reader import INDEX_FILE, SINGLE_FILE, WeightReader, read_header, read_json
 from rosaq.checkpoint.writer import write_shards
 
@@ -26,11 +26,13 @@ __all__ = [
     "WeightReader",
     "bits_by_tensor",
     "bits_per_weight",
+    "check_output",
     "file_hash",
     "is_in_block",
     "linear_bytes",
     "linear_sizes",
     "new_directory",
+    "put_in_place",
     "read_config",
     "read_hashes",
     "read_header",

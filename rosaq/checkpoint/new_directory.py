@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,20 +13,52 @@ from pathlib import Path
 def new_directory(output: str | Path, *, force: bool = False) -> Iterator[Path]:
     """Give an empty sibling of `output` to write into; it takes output's place at the end, and vanishes on an error.
 
-    ValueError where `output` is a file, or a directory with something in it and `force` is not set.
+    ValueError as in `check_output`, before anything is written.
     """
-    output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output: got {output}, which is a file, need a directory name")
-    if output.is_dir() and any(output.iterdir()) and not force:
-        raise ValueError(f"output: got {output}, which exists and is not empty, need a new name or force (--force)")
+    output = check_output(output, force=force)
     partial = output.parent / f".{output.name}.writing"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
+        put_in_place(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_output(output: str | Path, *, force: bool) -> Path:
+    """The path that `output` stands for, links resolved.
+
+    ValueError where it is a file, a mount point, holds the working directory, or is a directory with something in it
+    and `force` is not set.
+    """
+    path = Path(output).resolve()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output: got {output}, which is a file, need a directory name")
+    if Path.cwd().is_relative_to(path):  # it would be deleted under the process and the shell
+        raise ValueError(f"output: got {output}, which holds the working directory, need another directory")
+    if path.is_mount():
+        raise ValueError(f"output: got {output}, a mount point, which cannot be renamed; need a directory inside it")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise ValueError(f"output: got {output}, which exists and is not empty, need a new name or force (--force)")
+    return path
+
+
+def put_in_place(new: Path, output: Path) -> None:
+    """Rename `new` to its sibling `output`. An earlier `output` is deleted once that is done, and put back on an
+    error."""
+    if not output.exists():
+        new.rename(output)
+        return
+    # A name of its own: what a crash left under an earlier one may be the only copy of something.
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
+    earlier = aside / output.name
+    try:
+        output.rename(earlier)
+        new.rename(output)
+    except BaseException:
+        if earlier.exists():
+            earlier.rename(output)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

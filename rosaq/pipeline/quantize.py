@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rosaq.calibrate import is_first_rank
-from rosaq.checkpoint import bits_by_tensor, total_bytes
+from rosaq.checkpoint import bits_by_tensor, check_output, total_bytes
 from rosaq.devices import choose_device
 from rosaq.pipeline.assemble import Report, write_checkpoint
 from rosaq.pipeline.request import (
@@ -26,7 +26,7 @@ from rosaq.pipeline.request import (
 )
 from rosaq.pipeline.run import Run
 from rosaq.pipeline.source import DenseModel, local_directory
-from rosaq.pipeline.workspace import Workspace, check_output
+from rosaq.pipeline.workspace import Workspace
 from rosaq.recipes import DEFAULT_PRESET, DEFAULT_RECIPE, make_recipe, preset_of, with_counted_salient
 from rosaq.specs import CalibrationSpec, Recipe
 

@@ -56,7 +56,10 @@ class Run:
     def choose_rotations(self) -> None:
         saved = self._work.load("rotations")
         if saved is None:
-            self._work.save("rotations", self._chosen_rotations().to_tensors(), {})
+            chosen = self._chosen_rotations().to_tensors()
+            if not chosen:
+                return  # a recipe without any: a run that then fails in its first block leaves nothing behind
+            self._work.save("rotations", chosen, {})
             saved = self._work.load("rotations")  # by every rank: two GPUs need not find the same last bits
             assert saved is not None
         self.rotations = Rotations.from_tensors(saved[0])

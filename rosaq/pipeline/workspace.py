@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rosaq.calibrate import is_first_rank, wait_for_all
+from rosaq.checkpoint import check_output, put_in_place
 
 Tensors = dict[str, Tensor]
 
@@ -29,11 +30,10 @@ class Workspace:
     def __init__(
         self, output: Path, request: dict[str, Any], device: torch.device, *, force: bool, resume: bool
     ) -> None:
-        self.output = output
-        self.directory = output.parent / f".{output.name}.partial"
+        self.output = check_output(output, force=force)
+        self.directory = self.output.parent / f".{self.output.name}.partial"
         self._request = json.loads(json.dumps(request))
         self._device, self._force = device, force
-        check_output(output, force=force)
         wait_for_all()  # every rank looks before the first one writes
         if is_first_rank():
             self._open(force=force, resume=resume)
@@ -112,8 +112,8 @@ class Workspace:
         return count
 
     def discard_if_empty(self) -> None:
-        """Remove the directory when not a single block is finished: there is nothing to resume."""
-        if is_first_rank() and self.directory.exists() and self.num_finished_blocks() == 0:
+        """Remove the directory when not a single step is finished: there is nothing to resume."""
+        if is_first_rank() and self.directory.exists() and not any(self.directory.glob("*.safetensors")):
             shutil.rmtree(self.directory)
 
     def final_directory(self) -> Path:
@@ -131,23 +131,10 @@ class Workspace:
 
     def _rename(self) -> None:
         check_output(self.output, force=self._force)
-        replaced = self.output.parent / f".{self.output.name}.replaced"
-        if self.output.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            self.output.rename(replaced)
-        (self.directory / "final").rename(self.output)
+        put_in_place(self.directory / "final", self.output)
         shutil.rmtree(self.directory)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def block_name(index: int) -> str:
     """Name of the saved step of block `index`."""
     return f"block-{index:05d}"
-
-
-def check_output(output: Path, *, force: bool) -> None:
-    """ValueError unless `output` can be created, or may be replaced."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output: got {output}, which is a file, need a directory name")
-    if output.is_dir() and any(output.iterdir()) and not force:
-        raise ValueError(f"output: got {output}, which exists and is not empty, need a new name or force (--force)")
