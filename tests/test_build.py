@@ -110,28 +110,89 @@ def test_build_mode_is_honest(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 @pytest.fixture
 def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A toolkit of two architectures, without a compiler in it."""
-    made = tmp_path / "cuda" / "bin" / "nvcc"
-    made.parent.mkdir(parents=True)
-    made.write_text("#!/bin/sh\necho sm_80 sm_90\n")
-    made.chmod(0o755)
-    include = tmp_path / "cuda" / "include"
-    include.mkdir()
+    """A toolkit of two architectures, laid out as some distributions do, without a compiler in it."""
+    top = tmp_path / "cuda"
+    made, include = top / "bin" / "nvcc", top / "targets" / "sbsa-linux" / "include"
+    for folder in (made.parent, include, top / "lib"):
+        folder.mkdir(parents=True)
     (include / "cuda_runtime_api.h").touch()
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    pretend(made, top, "12.4")
+    monkeypatch.setenv("CUDA_HOME", str(top))
     return made
+
+
+def pretend(nvcc: Path, top: Path, release: str, includes: str = "/targets/sbsa-linux/include") -> None:
+    """Write an nvcc that tells about itself what the real one tells, and does nothing."""
+    include = f"{top}/bin/..{includes}" if includes.startswith("/targets") else includes
+    folders = f'#$ INCLUDES="-I{include}"\n#$ LIBRARIES=  "-L{top}/bin/../lib/stubs" "-L{top}/lib"'
+    nvcc.write_text(f"""#!/bin/sh
+case $1 in
+    --version) echo "Cuda compilation tools, release {release}, V{release}.1" ;;
+    --list-gpu-code) echo sm_80 sm_90 ;;
+    --dryrun) echo '{folders}' >&2 ;;
+esac
+""")
+    nvcc.chmod(0o755)
 
 
 def test_architectures_are_those_the_compiler_knows(nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toolkit = cuda.find_toolkit()
     assert toolkit is not None
     assert (toolkit.nvcc, toolkit.archs) == (nvcc, ("80", "90a"))
-    assert toolkit.compile_flags()[-3:-2] == ["arch=compute_90,code=compute_90"]
+    codes = [flag for flag in toolkit.compile_flags() if flag.startswith("arch=")]
+    assert codes[-2:] == ["arch=compute_80,code=compute_80", "arch=compute_90,code=compute_90"]
     monkeypatch.setenv("ROSAQ_CUDA_ARCHS", "80;100")
     with pytest.raises(SystemExit, match=r"ROSAQ_CUDA_ARCHS: got \['100'\], need some of \['80', '90'\]"):
         cuda.find_toolkit()
-    with pytest.raises(SystemExit, match="no libcudart_static.a, need the whole toolkit"):
+
+
+def test_the_toolkit_is_where_nvcc_says(nvcc: Path) -> None:
+    top = nvcc.parent.parent
+    toolkit = cuda.find_toolkit()
+    assert toolkit is not None
+    assert toolkit.includes == (top / "targets" / "sbsa-linux" / "include",)
+    with pytest.raises(SystemExit, match="no libcudart_static.a, need the whole toolkit; ROSAQ_BUILD=cpu builds"):
         toolkit.link_flags()
+    (top / "lib" / "libcudart_static.a").touch()
+    assert toolkit.link_flags()[0] == str(top / "lib" / "libcudart_static.a")
+    pretend(nvcc, top, "12.4", includes="/nowhere")
+    with pytest.raises(SystemExit, match=r"CUDA: /nowhere, /usr/include, .*no cuda_runtime_api.h"):
+        cuda.find_toolkit()
+    pretend(nvcc, top, "11.8")
+    with pytest.raises(SystemExit, match=r"got release 11.8, V11.8.1, need CUDA 12.4 or newer; ROSAQ_BUILD=cpu"):
+        cuda.find_toolkit()
+
+
+@pytest.mark.usefixtures("nvcc")
+def test_nvcc_is_told_the_compiler_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    toolkit = cuda.find_toolkit()
+    assert toolkit is not None
+    monkeypatch.delenv("NVCC_CCBIN", raising=False)
+    for named, flags in (("g++-13", ["-ccbin", "g++-13"]), ("ccache g++", []), ("", [])):
+        monkeypatch.setenv("CXX", named)
+        got = toolkit.compile_flags()
+        assert got[got.index("-ccbin") :][:2] == flags if flags else "-ccbin" not in got
+
+
+def test_objects_are_made_anew_by_another_version_of_their_tools(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = native.Build(CSRC, tmp_path, Path(torch.__file__).parent, ())
+    ran: list[str] = []
+
+    def run(command: list[str]) -> None:
+        Path(command[command.index("-o") + 1]).touch()
+        ran.append(command[-1])
+
+    monkeypatch.setattr(native, "_run", run)
+    native.build(job, tmp_path / "out" / "library.so", jobs=1)
+    first = len(ran)
+    native.build(job, tmp_path / "out" / "library.so", jobs=1)
+    assert len(ran) == first + 1  # linked, nothing compiled
+    monkeypatch.setattr(native, "torch_version", lambda _folder: "99.0")
+    native.build(job, tmp_path / "out" / "library.so", jobs=1)
+    with_torch = [kind for kind, _ in job.sources().values() if kind in (native.TORCH, native.PYTHON)]
+    assert len(ran) == first + 1 + len(with_torch) + 1
 
 
 def test_instances_are_what_the_generator_writes() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cuda import Toolkit, find_toolkit
+from find_torch import torch_version
 
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 # No silent fused multiply-add: the integer kernels promise the same bits on every instruction set.
@@ -99,7 +100,7 @@ class Build:
         needs_torch = kind in (TORCH, PYTHON)
         includes = list(self.include_dirs) if kind == PYTHON else []
         includes += [self.torch_dir / "include"] if needs_torch else []
-        includes += [self.toolkit.include_dir()] if self.toolkit is not None else []
+        includes += self.toolkit.includes if self.toolkit is not None else []
         # Error messages quote source files: relative to the project or the include folder, not to this machine.
         defines = [f"-fmacro-prefix-map={folder}/=" for folder in (self.csrc.parent, *includes)]
         defines += ["-DROSAQ_X86"] if is_x86() else []
@@ -172,34 +173,51 @@ def _headers(csrc: Path, kind: str) -> list[Path]:
     return [path for folder in folders for suffix in ("h", "cuh") for path in folder.glob(f"*.{suffix}")]
 
 
-def _is_stale(made: Path, command: list[str], needs: list[Path]) -> bool:
-    """True where an object is missing, older than what it is made of, or was made by another command."""
+def _is_stale(made: Path, record: str, needs: list[Path]) -> bool:
+    """True where an object is missing, older than what it is made of, or was made in another way."""
     recorded = made.with_suffix(".command")
-    if not made.exists() or not recorded.exists() or recorded.read_text() != shlex.join(command):
+    if not made.exists() or not recorded.exists() or recorded.read_text() != record:
         return True
     return made.stat().st_mtime < max(path.stat().st_mtime for path in needs)
 
 
-def _compile(job: tuple[Path, list[str]]) -> None:
-    made, command = job
-    started = time.time()
-    _run(command)
-    os.utime(made, (started, started))  # a header that was changed meanwhile is newer than what came of it
-    made.with_suffix(".command").write_text(shlex.join(command))
+@dataclass(frozen=True)
+class _Job:
+    """An object to make; record: the command, and the versions of what it uses, which come and go at the same path."""
+
+    made: Path
+    command: list[str]
+    record: str
+
+    def run(self) -> None:
+        started = time.time()
+        _run(self.command)
+        os.utime(self.made, (started, started))  # a header that was changed meanwhile is newer than what came of it
+        self.made.with_suffix(".command").write_text(self.record)
+
+
+def _versions(job: Build) -> dict[str, str]:
+    """{kind of source: versions of what compiles it and of what it includes}."""
+    asked = subprocess.run([*compiler(), "--version"], capture_output=True, text=True, check=False)
+    host = asked.stdout.partition("\n")[0]
+    cuda = "" if job.toolkit is None else job.toolkit.version
+    torch = torch_version(job.torch_dir)
+    return {PLAIN: f"{host} {cuda}", NVCC: f"{host} {cuda}", **dict.fromkeys((TORCH, PYTHON), f"{host} {cuda} {torch}")}
 
 
 def build(job: Build, output: Path, jobs: int) -> None:
     """Compiles what is older than its source or any header, then links `output`."""
     job.objects.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    stale = []
+    stale, versions = [], _versions(job)
     for source, (kind, flags) in job.sources().items():
         made = job.object_of(source)
         command = job.compile_command(source, kind, flags)
-        if _is_stale(made, command, [job.csrc / source, *_headers(job.csrc, kind)]):
-            stale.append((made, command))
+        record = f"{shlex.join(command)}\n{versions[kind]}"
+        if _is_stale(made, record, [job.csrc / source, *_headers(job.csrc, kind)]):
+            stale.append(_Job(made, command, record))
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(_compile, stale))
+        list(pool.map(_Job.run, stale))
     # A process that has the old library mapped must keep it whole: link beside it, then rename over it.
     linked = output.with_suffix(".new")
     _run(job.link_command(linked))
