@@ -96,7 +96,9 @@ def fused_gemm(
     bias             [n] float16, bfloat16 or float32.
     out_features, bits, group_size (-1: k), symmetric repeat what was packed; they are checked against the blob.
     The result does not depend on the number of threads; few and many tokens take different paths, equal up to rounding.
-    A token with an infinite or NaN channel gives NaN. RuntimeError for anything that does not fit.
+    A token with an infinite or NaN channel gives nothing finite. On a GPU, from 129 tokens on, the two products are
+    rounded to x's dtype before they are added where there is a basis: either may overflow float16. RuntimeError for
+    anything that does not fit.
     """
     return _fused_gemm(  # type: ignore[no-any-return]
         x,

@@ -206,6 +206,21 @@ def test_dense_weight_and_rows_for_many_tokens(dtype: torch.dtype) -> None:
         assert torch.equal(buffers.read(args.y), (y.float() + linear.extras["bias"] + other.float()).to(dtype))
 
 
+@pytest.mark.parametrize("index", [[5, 96], [0, 96], [96, 0], [-1, 96, 96, 7], [0, -1, 0]])
+def test_a_column_that_does_not_exist_shows_in_the_dense_weight_too(index: list[int]) -> None:
+    """Whoever has column 0: the checker sees no race between threads."""
+    linear = make_linear(40, 96)
+    linear.extras |= {"salient_weight": torch.randn(40, len(index)).half(), "salient_index": torch.tensor(index).int()}
+    emulated, x = EmulatedLinear(linear, "checked"), make_x(2, 96).half()
+    with emulated.library.buffers() as buffers:
+        args, dense = emulated.args(x, buffers), buffers.inout("weight", linear.dequantized().half())
+        for seed in range(4):
+            emulated.library.call("fused_add_salient", Options(seed=seed), ctypes.byref(args), dense)
+        weight = buffers.read(dense)
+    assert weight[:, 0].isnan().all()
+    assert weight[:, 1:].isfinite().all()
+
+
 def test_the_checker_would_see_a_blob_that_is_too_short() -> None:
     emulated = EmulatedLinear(make_linear(16, 64), "checked")
     emulated.blob = emulated.blob[: _C.packed_bytes(16, 64, 4, 32, True, cuda=True) // 2].clone()

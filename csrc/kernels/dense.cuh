@@ -77,18 +77,26 @@ __global__ void __launch_bounds__(kUnitThreads)
     const int64_t j = global_thread();
     if (j >= salient.r) return;
     const int64_t k = salient.index[j];
-    bool is_alone = true;
+    bool is_alone = true, has_first_column = false;
+    int64_t first_missing = salient.r;
     for (int64_t i = 0; i < salient.r; ++i) {
-        if (i == j || salient.index[i] != k) continue;
+        const int64_t other = salient.index[i];
+        has_first_column |= other == 0;
+        if ((other < 0 || other >= salient.k) && first_missing == salient.r) first_missing = i;
+        if (i == j || other != k) continue;
         if (i < j) return;
         is_alone = false;
     }
-    const bool exists = k >= 0 && k < salient.k;
+    // A column that does not exist shows as in the fused kernel, NaN for every token. Whoever has column 0
+    // writes it there, nobody else.
+    const bool has_missing = first_missing < salient.r, exists = k >= 0 && k < salient.k;
+    const bool poisons = has_missing && (k == 0 || (j == first_missing && !has_first_column));
+    if (!exists && !poisons) return;
     const int64_t first = static_cast<int64_t>(blockIdx.y) * kSalientRows;
 #pragma unroll 8
     for (int64_t row = first; row < first + kSalientRows; ++row) {
         if (row >= salient.n) continue;
-        if (!exists) {  // as in the fused kernel: NaN for every token
+        if (poisons) {
             weight[row * salient.k] = bits_as<T>(uint16_t{0x7fff});
             continue;
         }
