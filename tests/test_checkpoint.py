@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from rosaq.checkpoint import (
     WeightReader,
@@ -19,7 +20,7 @@ from rosaq.checkpoint import (
     write_shards,
 )
 from rosaq.config import CheckpointConfig, LinearFormat
-from tests.models import save_rosaq, vandalise
+from tests.models import save_dense, save_rosaq, vandalise
 
 
 def some_tensors():
@@ -173,6 +174,19 @@ def test_index_must_match_its_files(tmp_path):
     save_file({"b": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="got no tensor 'a'"):
         WeightReader(tmp_path)
+
+
+def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path):
+    write_shards(tmp_path, some_tensors().items(), 300)
+    save_file({"a.weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert WeightReader(tmp_path).names() == ["a.weight"]
+    model = LlamaForCausalLM.from_pretrained(save_dense(tmp_path / "both"))
+    model.model.norm.weight.data.fill_(2)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    for path in (tmp_path / "sharded").glob("model*"):
+        path.rename(tmp_path / "both" / path.name)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "both").model.norm.weight
+    assert torch.equal(WeightReader(tmp_path / "both").get("model.norm.weight"), theirs)
 
 
 def test_unknown_tensor_is_named(tmp_path):

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rosaq.config import LinearFormat
-from rosaq.evaluation import Tally, evaluate
-from tests.models import ByteTokenizer, save_dense, save_rosaq, tiny_llama
+from rosaq.evaluation import Tally, evaluate, load_subject
+from rosaq.report.tables import eval_table
+from tests.models import ByteTokenizer, save_dense, save_rosaq, tiny_llama, vandalise
 from tests.tolerances import assert_close_in
 
 TEXT = ["The quick brown fox jumps over the lazy dog. " * 20]
@@ -158,3 +160,25 @@ def test_missing_directory_is_not_looked_up_on_the_hub(name):
 def test_dtype_is_checked(tmp_path):
     with pytest.raises(ValueError, match="dtype: got 'float8'"):
         evaluate(save_dense(tmp_path), text=TEXT, dtype="float8")
+
+
+def test_pickled_weights_are_refused_before_anything_is_read(tmp_path):
+    dense = save_dense(tmp_path)
+    (dense / "model.safetensors").unlink()
+    (dense / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    with pytest.raises(FileNotFoundError, match=r"only pickled weights \(pytorch_model.bin\).* need model.safetensors"):
+        load_subject(dense)
+
+
+def test_bits_that_cannot_be_counted_are_none(tmp_path):
+    dense = save_dense(tmp_path)
+    vandalise(dense, lambda tensors: tensors.update(extra=torch.zeros(2, dtype=torch.float8_e4m3fn)))
+    options = {"text": TEXT, "context": 24, "windows": 1}
+    unknown = evaluate(dense, **options)
+    assert (unknown.bits_per_weight, unknown.bytes) == (None, None)
+    config = GPT2Config(vocab_size=264, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    no_linear = evaluate(GPT2LMHeadModel(config), tokenizer=ByteTokenizer(), **options)
+    assert no_linear.bits_per_weight is None
+    assert no_linear.bytes > 0
+    table = eval_table([unknown.to_dict(), no_linear.to_dict()])
+    assert list(table.columns[1].cells) == ["-", "-"]

@@ -16,7 +16,7 @@ from rosaq.checkpoint.measure import (
     total_bytes,
 )
 from rosaq.checkpoint.new_directory import check_output, new_directory, put_in_place
-from rosaq.checkpoint.reader import INDEX_FILE, SINGLE_FILE, WeightReader, read_header, read_json
+from rosaq.checkpoint.reader import INDEX_FILE, SINGLE_FILE, WeightReader, read_header, read_json, weights_file
 from rosaq.checkpoint.writer import write_shards
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "read_header",
     "read_json",
     "total_bytes",
+    "weights_file",
     "write_hashes",
     "write_shards",
 ]

@@ -39,8 +39,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def weights_file(directory: Path) -> Path:
+    """The file in `directory` through which its weights are found: the single one, or the index of the shards.
+
+    FileNotFoundError where it has neither.
+    """
+    # In the order of transformers, so that both read the same model: saving again may leave the index of old shards.
+    for name in (SINGLE_FILE, INDEX_FILE):
+        if (directory / name).is_file():
+            return directory / name
+    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLE_SUFFIXES)
+    got = f"only pickled weights ({', '.join(pickles)}), which rosaq never opens" if pickles else "no weights"
+    raise FileNotFoundError(
+        f"{directory}: got {got}, need {SINGLE_FILE} or {INDEX_FILE}, which save_pretrained of transformers writes"
+    )
+
+
 class WeightReader:
-    """Lazy access to every tensor of a model directory, by name, through the shard index or the single file.
+    """Lazy access to every tensor of a model directory, by name, through the single file or the shard index.
 
     Opening it reads the headers only, and refuses: no safetensors weights, a shard that is missing, truncated or
     outside the directory, and an index that names a tensor its shard does not have.
@@ -52,18 +68,11 @@ class WeightReader:
             raise FileNotFoundError(f"{self.directory}: got no such directory, need a model directory")
         self._files: dict[str, Path] = {}
         self._entries: dict[str, dict[str, Any]] = {}
-        index = self.directory / INDEX_FILE
-        if index.is_file():
-            self._open_index(index)
-        elif (self.directory / SINGLE_FILE).is_file():
-            self._add_file(self.directory / SINGLE_FILE)
+        path = weights_file(self.directory)
+        if path.name == INDEX_FILE:
+            self._open_index(path)
         else:
-            raise FileNotFoundError(self._no_weights())
-
-    def _no_weights(self) -> str:
-        pickles = sorted(p.name for p in self.directory.iterdir() if p.suffix in PICKLE_SUFFIXES)
-        got = f"only pickled weights ({', '.join(pickles)}), which rosaq never opens" if pickles else "no weights"
-        return f"{self.directory}: got {got}, need {SINGLE_FILE} or {INDEX_FILE}"
+            self._add_file(path)
 
     def _open_index(self, index: Path) -> None:
         weight_map = read_json(index).get("weight_map")

@@ -26,8 +26,9 @@ class EvalResult:
                     models of different vocabularies, as perplexity is not.
     kl, kl_p99      mean and 99th percentile of KL(reference || model) per token, nats; None without a reference.
     top1_agreement  share of tokens where both models' most likely next token is the same.
-    bits_per_weight bits stored per weight of the linears but the head (of the quantised ones, where there are any).
-    bytes           of all the model's tensors, on disk where it was given as a directory.
+    bits_per_weight bits stored per weight of the linears but the head (of the quantised ones, where there are any);
+                    None where no linear is found, or the files have dtypes that rosaq does not know.
+    bytes           of all the model's tensors, on disk where it was given as a directory; None for unknown dtypes.
     seconds         wall time of this model's forward passes, without loading and without the reference's.
     by_position     the same numbers for tokens that see [start, stop) tokens before them in their window.
     """
@@ -38,8 +39,8 @@ class EvalResult:
     kl: float | None
     kl_p99: float | None
     top1_agreement: float | None
-    bits_per_weight: float
-    bytes: int
+    bits_per_weight: float | None
+    bytes: int | None
     seconds: float
     tokens: int
     context: int

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rosaq import ops
-from rosaq.checkpoint import WeightReader
+from rosaq.checkpoint import WeightReader, weights_file
 from rosaq.devices import choose_device
 from rosaq.linear import RosaqLinear
 
@@ -60,8 +60,9 @@ class Subject:
         return next(self.module.parameters()).device
 
     @property
-    def bits_per_weight(self) -> float:
-        """Bits stored per weight of the linears but the head (of the quantised ones, where there are any)."""
+    def bits_per_weight(self) -> float | None:
+        """Bits stored per weight of the linears but the head (of the quantised ones, where there are any); None where
+        no linear is found, or the files have dtypes that rosaq does not know."""
         head = getattr(self.module, "get_output_embeddings", lambda: None)()
         quantised = [m for m in self.module.modules() if isinstance(m, RosaqLinear) and m is not head]
         if quantised:
@@ -70,24 +71,29 @@ class Subject:
         dense = {
             f"{name}.weight": m for name, m in self.module.named_modules() if isinstance(m, nn.Linear) and m is not head
         }
-        numel = sum(m.weight.numel() for m in dense.values())
-        reader = self._reader()
-        if reader is not None and all(name in reader for name in dense):
-            return 8 * sum(reader.nbytes(name) for name in dense) / max(numel, 1)
-        return 8 * sum(m.weight.nbytes for m in dense.values()) / max(numel, 1)
+        sizes = self._sizes()
+        if not dense or sizes is None:
+            return None
+        if not dense.keys() <= sizes.keys():
+            sizes = {name: m.weight.nbytes for name, m in dense.items()}
+        return 8 * sum(sizes[name] for name in dense) / sum(m.weight.numel() for m in dense.values())
 
     @property
-    def num_bytes(self) -> int:
-        """Of all the model's tensors, on disk where it was given as a directory."""
-        reader = self._reader()
-        if reader is not None:
-            return sum(reader.nbytes(name) for name in reader.names())
-        return sum(t.nbytes for t in (*self.module.parameters(), *self.module.buffers()))
+    def num_bytes(self) -> int | None:
+        """Of all the model's tensors, on disk where it was given as a directory; None where the files have dtypes that
+        rosaq does not know."""
+        sizes = self._sizes()
+        return None if sizes is None else sum(sizes.values())
 
-    def _reader(self) -> WeightReader | None:
-        """The files of a model given as a local directory; None for hub ids and modules."""
-        is_directory = not isinstance(self.source, nn.Module) and Path(self.source).is_dir()
-        return WeightReader(Path(str(self.source))) if is_directory else None
+    def _sizes(self) -> dict[str, int] | None:
+        """{tensor: bytes}, by the names on disk where the model was given as a directory; None as for `num_bytes`."""
+        if isinstance(self.source, nn.Module) or not Path(self.source).is_dir():
+            return {name: t.nbytes for name, t in (*self.module.named_parameters(), *self.module.named_buffers())}
+        try:
+            reader = WeightReader(self.source)
+        except ValueError:  # transformers has read these files, so they are sound
+            return None
+        return {name: reader.nbytes(name) for name in reader.names()}
 
 
 Model = str | Path | nn.Module | Subject
@@ -111,13 +117,15 @@ def load_subject(model: Model, dtype: str | None = None, tokenizer: Any = None, 
 def load_model(model: str | Path | nn.Module, dtype: str | None = None, device: str = "cpu") -> nn.Module:
     """The causal language model in `model` (directory or hub id) on `device`, in eval mode; a module is returned as it
     is. dtype: as for `load_subject`. ValueError for a quantised model where this build of rosaq has no kernels for the
-    device, or none for float32."""
+    device, or none for float32; FileNotFoundError for a directory without safetensors."""
     if isinstance(model, nn.Module):
         return model.eval()
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, need one of {DTYPES}")
     place = choose_device(device)
     _check_name(model)
+    if Path(model).is_dir():
+        weights_file(Path(model))  # pickled weights are refused here, with a better message than transformers'
     from transformers import AutoModelForCausalLM
 
     if place.type != "cpu" and dtype in (None, "float32"):
@@ -125,7 +133,8 @@ def load_model(model: str | Path | nn.Module, dtype: str | None = None, device: 
         if is_ours and dtype is not None:
             raise ValueError(f"dtype: got {dtype} for a quantised model on {place}, need float16 or bfloat16")
         dtype = "bfloat16" if is_ours else "float32"
-    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype or "float32"))
+    wanted = {"dtype": getattr(torch, dtype or "float32"), "use_safetensors": True}  # nothing is unpickled
+    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, **wanted)
     if any(isinstance(module, RosaqLinear) for module in loaded.modules()):
         try:
             ops.check_device(place)

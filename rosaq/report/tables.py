@@ -59,8 +59,8 @@ def eval_table(results: Sequence[Mapping[str, Any]], names: Sequence[str] | None
     table.add_column("model", overflow="fold", min_width=12)
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "context": lambda result: str(result["context"]),
-        "bits/w": lambda result: f"{result['bits_per_weight']:.2f}",
-        "size": lambda result: format_bytes(result["bytes"]),
+        "bits/w": lambda result: format_number(result["bits_per_weight"], ".2f"),
+        "size": lambda result: "-" if result["bytes"] is None else format_bytes(result["bytes"]),
         "bits/B": lambda result: f"{result['bits_per_byte']:.3f}",
         **_SCORES,
         "eval s": lambda result: f"{result['seconds']:.1f}",
