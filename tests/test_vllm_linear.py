@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rosaq.config import LinearFormat
-from rosaq.integrations.vllm_linear import FusedLinear, Part
+from rosaq.config import CheckpointConfig, LinearFormat
+from rosaq.integrations.vllm_linear import FusedLinear, Part, parts_of
 from rosaq.reference import fused_gemm
 from tests.models import random_linear
 from tests.tolerances import assert_close_in
@@ -94,21 +94,45 @@ def test_ranks_of_a_row_parallel_layer_add_up(fmt):
     assert_close_in(sum(parts), reference(tensors, fmt, x), torch.float32)
 
 
-def test_weights_fused_on_disk_are_cut_part_by_part():
-    fmt, x = INDEX, torch.randn(3, K)
-    whole = random_linear(fmt, 128, K, seed=5)
-    y = reference(whole, fmt, x)
-    for rank in range(2):
-        parts = [Part("gate_proj", fmt, 32), Part("up_proj", fmt, 32)]
-        fused = FusedLinear(parts, in_features=K, held_in_features=K, rank=rank, num_ranks=2)
-        for key, tensor in whole.items():
-            fused.load(key, tensor, None, torch.device("cpu"))
-        fused.pack()
-        want = torch.cat([half.chunk(2, 1)[rank] for half in y.chunk(2, 1)], 1)
+def fused_on_disk(whole, rows, rank, num_ranks):
+    """The layer of one rank; the checkpoint has one linear "qkv_proj" for all parts, of which it holds `rows`."""
+    parts = parts_of(CheckpointConfig(INDEX), "attn.qkv_proj", ["attn.qkv_proj"], rows)
+    fused = FusedLinear(parts, in_features=K, held_in_features=K, rank=rank, num_ranks=num_ranks)
+    for key, tensor in whole.items():
+        fused.load(key, tensor, None, torch.device("cpu"))
+    fused.pack()
+    return fused
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_weights_fused_on_disk_are_cut_part_by_part(num_ranks):
+    whole, x = random_linear(INDEX, 128, K, seed=5), torch.randn(3, K)
+    parts = reference(whole, INDEX, x).split(list(ROWS.values()), 1)
+    for rank in range(num_ranks):
+        fused = fused_on_disk(whole, [rows // num_ranks for rows in ROWS.values()], rank, num_ranks)
+        assert len(fused.launches) == 1
+        want = torch.cat([part.chunk(num_ranks, 1)[rank] for part in parts], 1)
         assert_close_in(fused(x, None), want, torch.float32)
 
 
+def test_parts_are_named_as_in_the_checkpoint():
+    config = CheckpointConfig(INDEX, modules={"k_proj": ROTATED})
+    parts = parts_of(config, "attn.qkv_proj", ["attn.q_proj", "attn.k_proj"], [64, 32])
+    assert [(part.name, part.format, part.held_out_features) for part in parts] == [
+        ("attn.q_proj", INDEX, 64),
+        ("attn.k_proj", ROTATED, 32),
+    ]
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_that_share_heads_of_a_linear_fused_on_disk_are_refused():
+    whole = random_linear(INDEX, 128, K, seed=5)
+    with pytest.raises(ValueError, match=r"qkv_proj.qweight: got 128 rows, need 80 for each of 2 ranks"):
+        fused_on_disk(whole, [32, 24, 24], 0, 2)
+    with pytest.raises(ValueError, match=r"qkv_proj: got 3 parts, need those of \['q', 'k'\]"):
+        parts_of(CheckpointConfig(INDEX), "qkv_proj", ["q", "k"], [8, 8, 8])
 
 
 def test_missing_tensor_is_named():

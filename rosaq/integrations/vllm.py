@@ -21,7 +21,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from rosaq.checkpoint import WeightReader, linear_sizes
 from rosaq.config import QUANT_METHOD, CheckpointConfig
-from rosaq.integrations.vllm_linear import FusedLinear, Part, check_head, head_refusal
+from rosaq.integrations.vllm_linear import FusedLinear, check_head, head_refusal, parts_of
 
 TENSORS = ("qweight", "scales", "zeros", "salient_weight", "salient_index", "salient_basis", "rotation")
 
@@ -118,12 +118,10 @@ class RosaqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         **extra_weight_attrs: Any,
     ) -> None:
         del output_size, params_dtype, extra_weight_attrs
-        names = self.names if len(self.names) == len(output_partition_sizes) else [self.prefix]
-        sizes = output_partition_sizes if len(names) > 1 else [sum(output_partition_sizes)]
         rank = getattr(layer, "tp_rank", get_tensor_model_parallel_rank())
         num_ranks = getattr(layer, "tp_size", get_tensor_model_parallel_world_size())
         fused = FusedLinear(
-            [Part(name, self.checkpoint.format_of(name), size) for name, size in zip(names, sizes, strict=True)],
+            parts_of(self.checkpoint, self.prefix, self.names, output_partition_sizes),
             in_features=input_size,
             held_in_features=input_size_per_partition,
             rank=rank,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rosaq.checkpoint import is_in_block
-from rosaq.config import LinearFormat
+from rosaq.config import CheckpointConfig, LinearFormat
 from rosaq.linear import RosaqLinear
 from rosaq.sharding import Piece, check_cut, cut_dim, shard_format, take_salient
 from rosaq.soundness import check_index
@@ -44,6 +44,16 @@ class Part:
     format: LinearFormat
     held_out_features: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def parts_of(checkpoint: CheckpointConfig, prefix: str, names: list[str], held_sizes: list[int]) -> list[Part]:
+    """The parts of an engine's layer `prefix`, of which a rank holds `held_sizes` rows each. names: the checkpoint's
+    modules for them; or a single one that holds the rows of all (Phi-3's qkv_proj), and still is cut part by part."""
+    if len(names) == 1:
+        names = [prefix] * len(held_sizes)
+    if len(names) != len(held_sizes):
+        raise ValueError(f"{prefix}: got {len(held_sizes)} parts, need those of {names}")
+    return [Part(name, checkpoint.format_of(name), size) for name, size in zip(names, held_sizes, strict=True)]
 
 
 class FusedLinear(nn.Module):
@@ -93,7 +103,12 @@ class FusedLinear(nn.Module):
             pieces = [tensor] * len(self.parts)
         else:
             held = [part.held_out_features for part in self.parts]
-            times = tensor.shape[0] // sum(held)
+            times, left = divmod(tensor.shape[0], sum(held))
+            if left or times not in (1, self.num_ranks):  # ranks that share key-value heads: whose rows are whose?
+                raise ValueError(
+                    f"{self.parts[0].name}.{key}: got {tensor.shape[0]} rows, need {sum(held)} for each of "
+                    f"{self.num_ranks} ranks: fewer ranks, or a checkpoint with a linear for each part"
+                )
             pieces = list(tensor.split([times * rows for rows in held]))
         for part, piece in zip(self.parts, pieces, strict=True):
             self._load_part(part, key, piece, device)
