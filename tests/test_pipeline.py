@@ -18,7 +18,7 @@ from rosaq.pipeline.probe import TOLERANCE
 from rosaq.pipeline.source import DenseModel
 from rosaq.recipes import PRESETS, RECIPES, make_recipe
 from rosaq.specs import CalibrationSpec, TuneSpec
-from tests.models import SMALL, TEXT, TUNED, byte_level_tokenizer, save_dense, tiny_llama, tiny_mistral
+from tests.models import SMALL, TEXT, TUNED, byte_level_tokenizer, save_dense, tiny_llama, tiny_mistral, vandalise
 from tests.tolerances import assert_same_function
 
 
@@ -227,6 +227,18 @@ def test_mistral_and_biases_go_through(tmp_path):
         assert result.rotation_error < TOLERANCE
         got, want = logits(tmp_path / f"{name}-out")[0], logits(source)[0]
         assert torch.cosine_similarity(got.flatten(), want.flatten(), dim=0) > 0.85, name
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "rosaq"])
+def test_a_stored_head_counts_whatever_the_config_says_of_tying(recipe, tmp_path):
+    source = save_dense(tmp_path / "dense", tiny_llama(tie_word_embeddings=True))
+    vandalise(source, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    assert DenseModel(source).is_tied  # the same values twice are tied
+    vandalise(source, lambda tensors: tensors["lm_head.weight"].copy_(tensors["lm_head.weight"].flip(0)))
+    quantize(source, tmp_path / "out", recipe=recipe, bits=4, **SMALL)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    got, want = logits(tmp_path / "out")[0], logits(source)[0]
+    assert torch.cosine_similarity(got.flatten(), want.flatten(), dim=0) > 0.85
 
 
 def test_two_runs_are_bit_identical_and_the_seed_matters(dense, made, tmp_path):

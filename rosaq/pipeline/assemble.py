@@ -90,8 +90,7 @@ def _config(model: DenseModel, plan: Plan) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((model.directory / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config["dtype"] = str(model.dtype).removeprefix("torch.")
-    if plan.unties_head:
-        config["tie_word_embeddings"] = False
+    config["tie_word_embeddings"] = model.is_tied and not plan.unties_head
     family = plan.model.family
     per_block = [plan.formats(index) for index in range(len(plan.choices))]
     default, overrides = shared_formats(per_block, family)

@@ -14,6 +14,7 @@ from rosaq.experts import NAMES, name_on_disk
 
 # Mixtures on disk have a tensor for each linear of each expert, or one for all experts, as in transformers' memory.
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
+_ROWS_AT_ONCE = 4096  # of two vocabularies that are compared: memory never holds both
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # never pickles
 
 
@@ -49,10 +50,13 @@ class DenseModel:
         self.passes = self.blocks.in_bf16() if bf16 else self.blocks
         self.reader = WeightReader(directory)
         family = self.blocks.family
-        self.is_tied = bool(getattr(self.blocks.config, "tie_word_embeddings", False))
         self.embedding_name = f"{family.embedding}.weight"
         self.final_norm_name = f"{family.final_norm}.weight"
-        self.head_name = self.embedding_name if self.is_tied else f"{family.head}.weight"
+        self.head_name = f"{family.head}.weight"
+        # transformers believes the weights, not the config, where they hold a head of their own
+        self.is_tied = bool(getattr(self.blocks.config, "tie_word_embeddings", False)) and not self._has_own_head()
+        if self.is_tied:
+            self.head_name = self.embedding_name
         wanted = [self.embedding_name, self.final_norm_name, self.head_name]
         for index in range(self.blocks.sizes.num_blocks):
             wanted += [family.block_prefix(index) + name for name in self.blocks.tensor_names()]
@@ -64,6 +68,18 @@ class DenseModel:
         dtype = self.reader.dtype(self.embedding_name)
         # what is not quantised stays in 16 bits; a float32 source becomes float16
         self.dtype = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
+
+    def _has_own_head(self) -> bool:
+        """True where a head is stored that differs from the embedding stored beside it."""
+        names = (self.embedding_name, self.head_name)
+        if not all(name in self.reader for name in names):
+            return False
+        shape, other = map(self.reader.shape, names)
+        if shape != other:
+            return True
+        parts = (slice(start, start + _ROWS_AT_ONCE) for start in range(0, shape[0], _ROWS_AT_ONCE))
+        pairs = ([self.reader.get_entry(name, rows).float() for name in names] for rows in parts)
+        return not all(torch.equal(*pair) for pair in pairs)
 
     def get(self, name: str, rows: slice | None = None) -> Tensor:
         """One tensor (or `rows` of it, of one that is no expert's) as float32; ValueError naming it if it holds NaN or
