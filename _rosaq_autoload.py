@@ -88,7 +88,12 @@ def install() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
+def is_on() -> bool:
+    """False where the environment turns autoloading off."""
+    return os.environ.get("ROSAQ_AUTOLOAD", "1") != "0"
+
+
 def autoload() -> None:
     """The entry point."""
-    if os.environ.get("ROSAQ_AUTOLOAD", "1") != "0":
+    if is_on():
         install()

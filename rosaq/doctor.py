@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from _rosaq_autoload import is_on
 from rosaq import _C, ops
 from rosaq.report.record import cpu_name, package_version
 
@@ -65,8 +66,8 @@ def _transformers() -> dict[str, Any]:
 def autoload_is_on() -> bool:
     """True where processes that never import rosaq can load its checkpoints (the torch.backends entry point)."""
     installed = any(entry.name == "rosaq" for entry in entry_points(group="torch.backends"))
-    switches = ("ROSAQ_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD")
-    return installed and all(os.environ.get(name, "1") == "1" for name in switches)
+    # torch calls entry points for "1" and nothing else
+    return installed and is_on() and os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1"
 
 
 def lines(facts: dict[str, Any]) -> list[str]:

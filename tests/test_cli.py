@@ -141,6 +141,12 @@ def test_doctor_speaks_text_and_json(capsys):
     assert facts["cuda"]["available"] or facts["cuda"]["why"]
 
 
+@pytest.mark.parametrize(("value", "is_on"), [("0", False), ("1", True), ("yes", True)])
+def test_doctor_reads_the_switch_as_autoloading_does(value, is_on, monkeypatch):
+    monkeypatch.setenv("ROSAQ_AUTOLOAD", value)
+    assert rosaq.doctor.autoload_is_on() is is_on
+
+
 def test_demo_runs_every_step(capsys, tmp_path, monkeypatch, dense):
     # The tiny model stands in for the real one, which the quickstart itself runs on.
     monkeypatch.setattr(rosaq.demo, "ensure_demo_model", lambda _: dense)
