@@ -1,6 +1,7 @@
 """Grids, round to nearest and GPTQ: values, the properties theory promises, and refusals."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -252,6 +253,16 @@ def test_damping_is_measured_on_the_bulk_and_rises_when_it_must():
     slightly[0, 1] = slightly[1, 0] = 1.03
     with pytest.warns(RuntimeWarning, match=r"damping doubled to 0\.04"):  # and no further
         assert torch.isfinite(quantize_weight(gaussian(N, K), slightly, QuantSpec())["scales"].float()).all()
+
+
+@pytest.mark.parametrize("num_dead", [1, K])
+def test_dead_channels_need_no_damping_of_their_own(num_dead):
+    w, gram = gaussian(N, K), correlated_gram()
+    gram[:num_dead] = gram[:, :num_dead] = 0
+    spec = QuantSpec(group_size=32, damping=0.0, refine=2)
+    refined, once = (w_hat(quantize_weight(w, gram, s), s) for s in (spec, replace(spec, refine=0)))
+    assert loss(w, refined, gram) <= loss(w, once, gram)
+    assert (refined - w)[:, :num_dead].square().mean() < 0.1  # whatever they hold, it is rounded to nearest
 
 
 def test_refusals_name_the_argument():

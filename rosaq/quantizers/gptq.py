@@ -21,10 +21,17 @@ from rosaq.specs import QuantSpec
 
 _PANEL = 128  # columns updated in one go; later panels get their corrections as one matrix product
 _MAX_DOUBLINGS = 6  # of the damping
+_LEAST_DAMPING = 1e-8
 
 
 class NotPositiveDefiniteError(ValueError):
     """The second moments could not be inverted even with much more damping than asked for."""
+
+
+def damping_term(mean: Tensor, damping: float) -> Tensor:
+    """What is added to a diagonal whose bulk has this mean: the share `damping` of it. Never 0, not even in float32,
+    which a channel that is always 0 would be divided by."""
+    return (max(damping, _LEAST_DAMPING) * mean).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def inverse_factor(gram: Tensor, num_bulk: int, damping: float) -> Tensor:
@@ -37,14 +44,14 @@ def inverse_factor(gram: Tensor, num_bulk: int, damping: float) -> Tensor:
     mean = torch.diagonal(gram)[:num_bulk].mean()
     if not torch.isfinite(mean) or mean < 0:
         raise NotPositiveDefiniteError(f"gram: got a mean diagonal of {mean.item()}, need a finite positive number")
-    share = max(damping, 1e-8)
+    share = max(damping, _LEAST_DAMPING)
     for doubling in range(_MAX_DOUBLINGS + 1):
         if doubling:
             share *= 2
             message = f"gram [{len(gram)}, {len(gram)}] is not positive definite: damping doubled to {share:.3g}"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         damped = gram.clone()
-        torch.diagonal(damped).add_(share * mean.clamp_min(torch.finfo(torch.float32).tiny))
+        torch.diagonal(damped).add_(damping_term(mean, share))
         lower, info = torch.linalg.cholesky_ex(damped)
         del damped  # the largest matrices of a run: no more of them at once than it takes
         if info.item() == 0:

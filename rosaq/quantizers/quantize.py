@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rosaq.config import LinearFormat
 from rosaq.layout import dequantize, pack
-from rosaq.quantizers.gptq import gptq
+from rosaq.quantizers.gptq import damping_term, gptq
 from rosaq.quantizers.grid import Grid
 from rosaq.quantizers.refine import refine
 from rosaq.quantizers.rtn import rtn
@@ -46,7 +46,7 @@ def quantize_weight(
         codes, grid, salient_weight = gptq(w, gram, spec, group_size, salient)
         if spec.refine:
             damped = gram.clone()
-            torch.diagonal(damped).add_(spec.damping * torch.diagonal(gram)[~salient].mean())
+            torch.diagonal(damped).add_(damping_term(torch.diagonal(gram)[~salient].mean(), spec.damping))
             codes, grid, salient_weight = refine(
                 w, damped, codes, grid, salient_weight, salient, spec.bits, spec.refine
             )
