@@ -80,22 +80,23 @@ def make_recipe(
     """The recipe `base` (a name or a recipe of your own) with some of its choices changed; None keeps one.
 
     A recipe by name that has a target (rosaq-gptq: 3.45 bits per weight) gives every site the same instead once bits,
-    group_size or salient is said: 3 bits in groups of 64, but for what is said. ValueError for an unknown name or
-    number.
+    group_size or salient is said: 3 bits in groups of 64, but for what is said. A recipe of your own keeps its budget:
+    group_size is then that of all codes. ValueError for an unknown name or number, for bits or salient with a budget
+    that chooses them, and for an importance that no second moments would listen to.
     """
     if isinstance(base, str) and base not in RECIPES:
         raise ValueError(f"recipe: got {base!r}, need one of {', '.join(RECIPES)}")
     recipe = RECIPES[base] if isinstance(base, str) else base
-    chosen_by_budget = {"salient": salient, "bits": bits if target_bits is not None else None}
     if target_bits is not None or salient_energy is not None:
-        for name, value in chosen_by_budget.items():
-            if value is not None:
-                raise ValueError(f"{name}: got {value} with a budget, which chooses it, need one of them")
         budget = replace(recipe.budget, target_bits=target_bits, energy=salient_energy)
     elif isinstance(base, str) and any(said is not None for said in (bits, group_size, salient)):
         budget = replace(recipe.budget, target_bits=None)
     else:
         budget = recipe.budget
+    chosen_by_budget = {"salient": not budget.is_fixed, "bits": budget.target_bits is not None}
+    for name, value in {"salient": salient, "bits": bits}.items():
+        if value is not None and chosen_by_budget[name]:
+            raise ValueError(f"{name}: got {value} with a budget, which chooses it, need one of them")
     if group_size is None and recipe.budget.target_bits is not None and budget.target_bits is None:
         group_size = _UNIFORM_GROUP
     wanted: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
@@ -111,6 +112,8 @@ def make_recipe(
     times, steps = preset_of(preset), recipe.tune
     tune = replace(steps, steps=steps.steps * times.steps, model_steps=steps.model_steps * times.model_steps)
     changed = replace(recipe, quant=quant, salient=chosen, importance=listened, tune=tune, budget=budget)
+    if importance is not None and not changed.needs_tokens:
+        raise ValueError(f"importance: got {importance!r} with recipe {recipe.name!r}, need one that looks at tokens")
     return changed if head_bits is None else replace(changed, head_bits=head_bits)
 
 

@@ -174,7 +174,15 @@ def test_the_default_shares_bits_out_until_something_uniform_is_said():
         assert recipe.quant.bits == said.get("bits", 3)
     assert make_recipe("gptq") == make_recipe("gptq", bits=3, group_size=64)
     own = replace(default, name="mine")
-    assert make_recipe(own, group_size=32).budget == own.budget  # whoever wrote a recipe meant its budget
+    grouped = make_recipe(own, group_size=32)  # whoever wrote a recipe meant its budget
+    assert (grouped.budget, grouped.quant.group_size) == (own.budget, 32)
+    for said in {"bits": 4}, {"salient": 0}:
+        with pytest.raises(ValueError, match=f"{next(iter(said))}: got . with a budget, which chooses it"):
+            make_recipe(own, **said)
+    by_energy = replace(own, budget=BudgetSpec(energy=0.5))
+    assert make_recipe(by_energy, bits=4).quant.bits == 4
+    with pytest.raises(ValueError, match="salient: got 3 with a budget, which chooses it"):
+        make_recipe(by_energy, salient=3)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text"])
