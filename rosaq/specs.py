@@ -13,7 +13,8 @@ class QuantSpec:
     """How one weight matrix becomes codes.
 
     method      "rtn" (round to nearest) or "gptq" (error feedback on the second moments of the inputs).
-    damping     added to the diagonal of the second moments, as a share of the mean of its non-salient part.
+    damping     added to the diagonal of the second moments, as a share of the mean of its non-salient part; below 1e-8
+                it counts as that.
     clip        search a smaller range per group for the least weighted squared error (False: use min and max).
     refine      rounds of refitting scales and revisiting codes after GPTQ (0: none).
     """
@@ -228,8 +229,9 @@ class BudgetSpec:
 
 @dataclass(frozen=True)
 class CalibrationSpec:
-    """How much text the second moments are measured on, and which windows (seed).
+    """How much text the second moments are measured on, and which windows.
 
+    seed        0 <= seed < 2**31: of the windows, and of all random draws of the run.
     expansion   copies of every sequence, each rolled by another multiple of length / expansion (RSQ's data expansion: a
                 token then stands at several positions).
     bf16        matrix products of the passes over the text in bfloat16, where the device has instructions for it
@@ -248,6 +250,8 @@ class CalibrationSpec:
         for name in ("num_sequences", "sequence_length", "batch_size", "expansion"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, need at least 1")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed: got {self.seed}, need 0 <= seed < 2**31")
 
 
 HEAD_IN_16_BITS = 16

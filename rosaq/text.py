@@ -93,8 +93,11 @@ def token_windows(tokenizer: Any, documents: Sequence[str], num: int, length: in
     """`num` windows of `length` tokens, int64 [num, length], out of the documents joined by blank lines.
 
     With a `seed`: windows that start anywhere (calibration). With None: windows that do not overlap, from the start
-    (evaluation). No BOS or other special token is added. ValueError if there is too little text.
+    (evaluation). No BOS or other special token is added. ValueError if there is too little text, and for a single str,
+    which would be a document for each of its characters.
     """
+    if isinstance(documents, str):
+        raise ValueError(f"documents: got the str {documents[:60]!r}, need a list of documents")
     for name, value in (("num", num), ("length", length)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, need at least 1")

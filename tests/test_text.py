@@ -100,5 +100,7 @@ def test_calibration_windows_reach_both_ends():
 def test_too_little_text_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match="text: got 10 tokens in 1 documents, need 12 for 3 windows of 4"):
         token_windows(ByteTokenizer(), ["0123456789"], 3, 4, None)
+    with pytest.raises(ValueError, match="documents: got the str '0123456789', need a list"):
+        token_windows(ByteTokenizer(), "0123456789", 2, 4, None)
     with pytest.raises(ValueError, match="num: got 0"):
         token_windows(ByteTokenizer(), ["0123456789"], 0, 4, None)

@@ -92,8 +92,9 @@ def quantize(
     """Quantise the model in directory (or of hub name) `model` into the new directory `output`.
 
     recipe          a name of `rosaq.recipes.RECIPES`, or a `Recipe` of your own.
-    bits, group_size, symmetric, salient, importance: None keeps the recipe's choice. Its target falls away once one of
-                    the first two or salient is given: all sites get the same.
+    bits, group_size, symmetric, salient, importance: None keeps the recipe's choice. The target of a recipe by name
+                    falls away once one of the first two or salient is given: all sites get the same. A `Recipe` of your
+                    own keeps its budget, and bits or salient that it chooses are refused.
     target_bits     bits per weight on average (rosaq-gptq: 3.45): widths and directions are shared out between sites.
     salient_energy  directions per site by the share of energy they hold.
     head_bits       3 or 4: the output head gets codes of so many bits and is untied from the embedding, which stays in
@@ -103,7 +104,7 @@ def quantize(
                     result is reproducible, bit by bit, only on one kind of device: floating point sums have another
                     order on each, and a code near the middle between two can fall on either side. Random draws are the
                     same everywhere. The checkpoint runs everywhere, whatever made it.
-    calibration     documents; None: prose that Python carries.
+    calibration     a list of documents (of a file: `rosaq.text.read_text(path)`); None: prose that Python carries.
 
     Memory holds one block, the token stream and one shard. `output` appears complete or not at all; an interrupted run
     continues with `resume` on the same kind of device, and ends bit-identical.

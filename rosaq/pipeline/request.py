@@ -91,8 +91,20 @@ def tell_untied_head(dense: DenseModel, recipe: Recipe) -> None:
 
 
 def calibration_windows(dense: DenseModel, calibration: list[str] | None, spec: CalibrationSpec) -> Tensor:
+    """The windows of the documents `calibration` (None: built-in prose), int64 [num_sequences * expansion, length];
+    ValueError for what is no list of text, is too little of it, or is longer than the model reads."""
     from transformers import AutoTokenizer
 
+    if isinstance(calibration, str | Path):
+        raise ValueError(
+            f"calibration: got {str(calibration)[:60]!r}, need a list of documents (of a file: "
+            "rosaq.text.read_text(path))"
+        )
+    limit = getattr(dense.blocks.config, "max_position_embeddings", None)
+    if limit is not None and spec.sequence_length > limit:
+        raise ValueError(
+            f"sequence_length: got {spec.sequence_length}, need at most {limit}, the positions this model knows"
+        )
     tokenizer = AutoTokenizer.from_pretrained(dense.directory)
     documents = builtin_text("calibration") if calibration is None else calibration
     ids = token_windows(tokenizer, documents, spec.num_sequences, spec.sequence_length, spec.seed)
