@@ -111,8 +111,12 @@ class LinearFormat:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LinearFormat:
-        """Inverse of `to_dict`; an unknown key is an error (it may change what the tensors mean)."""
+        """Inverse of `to_dict`; ValueError for a value of another type, and for an unknown key, which may change what
+        the tensors mean."""
         values = dict(values)
+        for key, default in cls().to_dict().items():
+            if type(values.get(key, default)) is not type(default):
+                raise ValueError(f"quantization_config.{key}: got {values[key]!r}, need {type(default).__name__}")
         if "sym" in values:
             values["symmetric"] = values.pop("sym")
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
@@ -160,7 +164,8 @@ class CheckpointConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CheckpointConfig:
-        """Read the JSON form; ValueError for another method or a newer version, naming what was found."""
+        """Read the JSON form; ValueError for another method, a newer version or a value of another type, naming what
+        was found."""
         values = dict(values)
         method, version = values.pop("quant_method", None), values.pop("version", None)
         if method != QUANT_METHOD:
@@ -170,7 +175,19 @@ class CheckpointConfig:
                 f"quantization_config.version: got {version!r}, this rosaq reads 1 to {FORMAT_VERSION}; "
                 "a newer checkpoint needs a newer rosaq (pip install -U rosaq)"
             )
-        modules = {name: LinearFormat.from_dict(fmt) for name, fmt in values.pop("modules", {}).items()}
-        skip = tuple(values.pop("modules_to_not_convert", ()))
-        recipe, tp_sizes = values.pop("recipe", ""), tuple(values.pop("tp_sizes", ()))
-        return cls(LinearFormat.from_dict(values), modules, skip, recipe, version, tp_sizes)
+        skip, tp_sizes = _list_of(str, values, "modules_to_not_convert"), _list_of(int, values, "tp_sizes")
+        modules, recipe = values.pop("modules", {}), values.pop("recipe", "")
+        if not isinstance(modules, dict) or not all(isinstance(fmt, dict) for fmt in modules.values()):
+            raise ValueError(f"quantization_config.modules: got {modules!r}, need a format for each name")
+        if not isinstance(recipe, str):
+            raise ValueError(f"quantization_config.recipe: got {recipe!r}, need str")
+        formats = {name: LinearFormat.from_dict(fmt) for name, fmt in modules.items()}
+        return cls(LinearFormat.from_dict(values), formats, skip, recipe, version, tp_sizes)
+
+
+def _list_of(kind: type, values: dict[str, Any], key: str) -> tuple[Any, ...]:
+    """Take `key` out of `values`; empty where it is not there, ValueError where it is no list of `kind`."""
+    found = values.pop(key, ())
+    if not isinstance(found, (list, tuple)) or not all(isinstance(item, kind) for item in found):
+        raise ValueError(f"quantization_config.{key}: got {found!r}, need a list of {kind.__name__}")
+    return tuple(found)

@@ -75,11 +75,17 @@ def test_progress_and_json(checkpoint):
             "salient_index: got 1 different channels from 3 to 3, need 4",
         ),
         (lambda t: t[f"{Q_PROJ}.zeros"].add_(1), "numbers", "got 4 salient columns whose codes are not 0"),
+        (lambda t: t[f"{DOWN}.zeros"].fill_(16), "numbers", "down_proj.zeros: got 16, need at most 15"),
         (lambda t: t[f"{DOWN}.rotation"].mul_(1.1), "numbers", "rotation: got R Rᵀ off the identity by 0.21"),
         (lambda t: t["model.norm.weight"].fill_(torch.inf), "numbers", "model.norm.weight: got NaN or Inf"),
         (lambda t: t.pop("model.norm.weight"), "model", "model.norm.weight: got no such tensor, need it"),
         (lambda t: t.update(extra=torch.zeros(1)), "model", "extra: got a tensor the model has no place for"),
         (lambda t: t.pop(f"{Q_PROJ}.scales"), "tensors", "q_proj.scales: got no such tensor"),
+        (
+            lambda t: t.update({f"{Q_PROJ}.scales": torch.tensor(1.0)}),
+            "tensors",
+            r"q_proj.scales: got shape \[\], need two dimensions",
+        ),
     ],
 )
 def test_damaged_tensors_fail(checkpoint, change, check, detail):
@@ -102,6 +108,7 @@ def test_damaged_tensors_fail(checkpoint, change, check, detail):
         (lambda v: v.update(hidden_size=128), "model", "got [64, 64], need [64, 128]"),
         (lambda v: v.update(num_hidden_layers=3), "model", "model.layers.2"),
         (lambda v: v.pop("model_type"), "model", "got no model_type"),
+        (lambda v: v.update(hidden_size="64"), "model", "hidden_size"),
         (lambda v: v.update(model_type="none"), "model", "none"),
     ],
 )
@@ -110,6 +117,25 @@ def test_config_that_claims_something_else_fails(checkpoint, change, check, deta
     found = failures(checkpoint)
     assert check in found
     assert detail in found[check], found
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "need"),
+    [
+        ("modules_to_not_convert", None, "a list of str"),
+        ("modules", [], "a format for each name"),
+        ("modules", {"mlp": 3}, "a format for each name"),
+        ("tp_sizes", "1", "a list of int"),
+        ("recipe", None, "str"),
+        ("group_size", "32", "int"),
+        ("group_size", None, "int"),
+        ("num_salient", None, "int"),
+        ("sym", 1, "bool"),
+    ],
+)
+def test_config_of_other_types_fails(checkpoint, key, value, need):
+    change_config(checkpoint, lambda values: values["quantization_config"].update({key: value}))
+    assert failures(checkpoint) == {"config": f"quantization_config.{key}: got {value!r}, need {need}"}
 
 
 def test_files_that_changed_since_they_were_hashed_fail(checkpoint):

@@ -37,10 +37,10 @@ def linear_sizes(config: CheckpointConfig, reader: WeightReader) -> dict[str, tu
         if "qweight" not in keys:
             continue
         fmt = config.format_of(module)
-        n, num_words = reader.shape(f"{module}.qweight")
+        n, num_words = _matrix_shape(reader, f"{module}.qweight")
         k = num_words * 32 // fmt.bits
         if fmt.group_size != -1 and f"{module}.scales" in reader:
-            _check_bits_held(module, fmt, num_words, reader.shape(f"{module}.scales")[-1])
+            _check_bits_held(module, fmt, num_words, _matrix_shape(reader, f"{module}.scales")[1])
         fmt.check_sizes(k, n, module)
         shapes = fmt.tensor_shapes(k, n, bias="bias" in keys)
         for key in sorted({*keys, *shapes}):
@@ -50,6 +50,13 @@ def linear_sizes(config: CheckpointConfig, reader: WeightReader) -> dict[str, tu
                 raise ValueError(f"{module}.{key}: got {_told(got)}, need {_told(need)}")
         sizes[module] = (n, k)
     return sizes
+
+
+def _matrix_shape(reader: WeightReader, name: str) -> tuple[int, int]:
+    shape = reader.shape(name)
+    if len(shape) != 2:
+        raise ValueError(f"{name}: got shape {list(shape)}, need two dimensions")
+    return shape[0], shape[1]
 
 
 def _check_bits_held(module: str, fmt: LinearFormat, num_words: int, groups: int) -> None:

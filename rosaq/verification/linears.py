@@ -35,6 +35,9 @@ def value_problem(tensors: dict[str, Tensor], fmt: LinearFormat, in_features: in
             return f"{key}: {problem}"
     if not fmt.symmetric and (tensors["scales"] < 0).any():  # a symmetric grid's sign says where its extra level is
         return f"scales: got {float(tensors['scales'].min())}, need no negative step beside zero points"
+    # The kernels take any byte, but whoever writes the format keeps zero points among the codes, as exports need them.
+    if "zeros" in tensors and int(tensors["zeros"].max()) >= 2**fmt.bits:
+        return f"zeros: got {int(tensors['zeros'].max())}, need at most {2**fmt.bits - 1}"
     if "rotation" in tensors:
         rotation = tensors["rotation"].double()
         worst = float((rotation @ rotation.mT - torch.eye(fmt.rotation_size, dtype=torch.float64)).abs().max())
