@@ -7,7 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    MixtralConfig,
+    pipeline,
+)
 
 from rosaq.checkpoint import total_bytes
 from rosaq.config import LinearFormat
@@ -93,6 +99,19 @@ def test_base_model_and_other_families_load(tmp_path):
     AutoModel.from_pretrained(save_rosaq(tmp_path / "llama", **FORMATS["mixed"]))
     mistral = save_rosaq(tmp_path / "mistral", tiny_mistral(), **FORMATS["mixed"])
     assert isinstance(AutoModelForCausalLM.from_pretrained(mistral).model.layers[0].mlp.up_proj, RosaqLinear)
+
+
+def test_other_classes_find_the_formats_of_single_linears(tmp_path):
+    """Without its head a model's modules have shorter names than the checkpoint's, and formats go by names."""
+    own = {f"model.layers.1.{name}": LinearFormat(4, 64, num_salient=2) for name in ("self_attn.q_proj", "mlp.up_proj")}
+    path = save_rosaq(tmp_path / "model", default=LinearFormat(3, 32), modules=own)
+    whole, base = AutoModelForCausalLM.from_pretrained(path), AutoModel.from_pretrained(path)
+    assert base.layers[1].mlp.up_proj.format == own["model.layers.1.mlp.up_proj"]
+    with torch.no_grad():
+        assert torch.equal(base(INPUT_IDS).last_hidden_state, whole.model(INPUT_IDS).last_hidden_state)
+    classifier = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
+    assert type(classifier.score) is torch.nn.Linear
+    assert isinstance(classifier.model.layers[0].mlp.up_proj, RosaqLinear)
 
 
 @pytest.mark.parametrize("grad", [True, False])

@@ -6,6 +6,7 @@ transformers only warns about tensors that are missing, and then runs on random 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rosaq.checkpoint import INDEX_FILE, SINGLE_FILE, WeightReader, linear_sizes
+from rosaq.checkpoint import INDEX_FILE, SINGLE_FILE, WeightReader, is_in_block, linear_sizes
 from rosaq.config import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig
 from rosaq.experts import fused, plan_experts, replace_fused
 from rosaq.integrations.transformers_model import check_untied
@@ -83,9 +84,8 @@ class RosaqHfQuantizer(HfQuantizer):
         if self.quantization_config.modules_to_not_convert is None:
             self.quantization_config.modules_to_not_convert = sorted(get_keys_to_not_convert(model))
         config = self._config()
-        if self.pre_quantized:
-            check_files(kwargs.get("checkpoint_files"), config)
-        else:
+        held = check_files(kwargs.get("checkpoint_files"), config) if self.pre_quantized else None
+        if not self.pre_quantized:
             check_roundable(config)
         skip = [*config.modules_to_not_convert, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
         can_split = self.pre_quantized or hasattr(HfQuantizer, "update_weight_conversions")  # 5.0 has not
@@ -94,7 +94,10 @@ class RosaqHfQuantizer(HfQuantizer):
         linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and should_convert_module(n, skip)}
         check_untied(model, linears)
         for name, module in linears.items():
-            fmt, bias = config.format_of(name), module.bias is not None
+            stored = name if held is None else name_in_files(model, name, held)
+            if held is not None and stored not in held and not is_in_block(name) and name not in config.modules:
+                continue  # a head of this class that the checkpoint has not: transformers says that it is new
+            fmt, bias = config.format_of(stored), module.bias is not None
             fmt.check_sizes(module.in_features, module.out_features, name)
             if self.pre_quantized:
                 swapped = RosaqLinear(module.in_features, module.out_features, fmt, bias=bias, device="meta")
@@ -222,14 +225,22 @@ def has_parallel_styles() -> bool:
     return torch.distributed.is_available() and find_spec("transformers.distributed.parallel_utils") is not None
 
 
-def check_files(checkpoint_files: list[str] | None, config: CheckpointConfig) -> None:
-    """ValueError, naming the file or the tensor, if the files do not hold what `config` says; reads headers only.
+def name_in_files(model: nn.Module, name: str, held: Collection[str]) -> str:
+    """What the files, which hold the linears `held`, call the linear `name`: a model without a head leaves out the
+    prefix that they have, and the other way round."""
+    prefix = f"{model.base_model_prefix}."
+    return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in held), name)
+
+
+def check_files(checkpoint_files: list[str] | None, config: CheckpointConfig) -> Collection[str] | None:
+    """Names of the quantised linears in the files, None where that is not known; reads headers only. ValueError, naming
+    the file or the tensor, if they do not hold what `config` says.
 
     transformers drops tensors it has no place for (zeros where the config says symmetric) with a warning, and takes
     pickles where there is nothing else.
     """
     if not checkpoint_files:
-        return
+        return None
     pickles = [path for path in checkpoint_files if not path.endswith(".safetensors")]
     if pickles:
         raise ValueError(f"{pickles[0]}: got a file that is not safetensors, need safetensors: nothing is unpickled")
@@ -239,7 +250,8 @@ def check_files(checkpoint_files: list[str] | None, config: CheckpointConfig) ->
         raise ValueError(f"{INDEX_FILE}: got file {outside[0]}, need plain file names inside one directory")
     # Files under other names (a `variant`) are left to transformers and to the checks after loading.
     if any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
-        linear_sizes(config, WeightReader(directory))
+        return linear_sizes(config, WeightReader(directory))
+    return None
 
 
 def dense_linear(linear: RosaqLinear, dtype: torch.dtype) -> nn.Linear:
