@@ -190,6 +190,7 @@ def damaged(tensor, value):
         ("gptq-4", {}, damaged("g_idx", lambda t: t.flip(0)), "q_proj: got channels grouped in another order"),
         ("gptq-4", {}, lambda t: t.pop(f"{Q_PROJ}.qzeros"), "q_proj.qzeros: got no such tensor"),
         ("gptq-4", {}, damaged("scales", lambda t: t.float() * 1e-7), "q_proj.scales: got .* float16 cannot hold"),
+        ("gptq-4", {}, damaged("bias", lambda t: t.float() + 1e5), "q_proj.bias: got .* need smaller ones"),
         ("awq", {"version": "gemv"}, None, "version: got 'gemv', need 'gemm'"),
         ("compressed-4", {"format": "float-quantized"}, None, "format: got 'float-quantized'"),
         ("compressed-4", {"transform_config": {"R4": 1}}, None, "transform_config: got online transforms"),
@@ -210,6 +211,7 @@ def test_what_we_cannot_import_is_refused(tmp_path, name, config, change, messag
     [
         ({"to": "gguf"}, r"to: got 'gguf' for a rosaq checkpoint, need one of \['dense', 'compressed-tensors'\]"),
         ({"dtype": "int8"}, "dtype: got 'int8'"),
+        ({"to": "compressed-tensors", "dtype": "float16"}, "dtype: got 'float16' for the target 'compressed-tensors'"),
     ],
 )
 def test_bad_requests_are_refused(tmp_path, checkpoint, options, message):
@@ -224,6 +226,13 @@ def test_dense_checkpoints_and_full_outputs_are_refused(tmp_path, checkpoint):
         convert(checkpoint, checkpoint)
     with pytest.raises(FileNotFoundError, match="config.json: got no such file"):
         convert(tmp_path / "none", tmp_path / "out")
+
+
+def test_an_import_takes_no_dtype(tmp_path):
+    pack, values, options = FOREIGN["gptq-4"]
+    save_foreign(tmp_path / "foreign", pack, values, **options)
+    with pytest.raises(ValueError, match="dtype: got 'bfloat16' for the target 'rosaq', need none"):
+        convert(tmp_path / "foreign", tmp_path / "out", dtype="bfloat16")
 
 
 def test_outputs_that_cannot_be_replaced_are_refused_before_any_work(tmp_path, checkpoint, monkeypatch):

@@ -98,7 +98,9 @@ def convert_command(
     to: Annotated[
         str | None, typer.Option(help="dense or compressed-tensors (from rosaq), rosaq (from the others).")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of dense weights: float16, bfloat16 or float32.")] = "float16",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of dense weights: float16, bfloat16 or float32. Default: float16.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     json_file: JsonFile = None,
 ) -> None:

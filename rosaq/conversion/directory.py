@@ -67,23 +67,25 @@ def convert(
     output: str | Path,
     *,
     to: str | None = None,
-    dtype: str = "float16",
+    dtype: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Write the checkpoint in `source` to the new directory `output` in another format.
 
-    From a rosaq checkpoint: to="dense" (default; weights of `dtype`, works anywhere) or "compressed-tensors" (the same
-    codes; only without salient directions and online rotations; 3 bits need compressed-tensors 0.18 or newer).
+    From a rosaq checkpoint: to="dense" (default; weights of `dtype`, float16 where None, works anywhere) or
+    "compressed-tensors" (the same codes; only without salient directions and online rotations; 3 bits need
+    compressed-tensors 0.18 or newer).
     From GPTQ, AWQ (gemm) or compressed-tensors (pack-quantized) of 3 or 4 bits: to="rosaq", the same codes.
 
-    ValueError for another format, target or dtype, and for tensors that the target has no place for, by name.
+    ValueError for another format, target or dtype, for a dtype where the target is not "dense", and for tensors that
+    the target has no place for, by name.
     """
     source, output = Path(source), Path(output)
     values = read_json(source / "config.json") if (source / "config.json").is_file() else None
     if values is None:
         raise FileNotFoundError(f"{source}/config.json: got no such file, need a model directory")
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, need one of {sorted(DTYPES)}")
     method = str((values.get("quantization_config") or {}).get("quant_method", "dense"))
     possible = list(TARGETS) if method == QUANT_METHOD else [QUANT_METHOD] if method in READERS else []
@@ -92,7 +94,10 @@ def convert(
     to = possible[0] if to is None else to
     if to not in possible:
         raise ValueError(f"to: got {to!r} for a {method} checkpoint, need one of {possible}")
-    job = _Job(source, WeightReader(source), values, DTYPES[dtype], progress or (lambda _done, _total: None))
+    if dtype is not None and to != "dense":
+        raise ValueError(f"dtype: got {dtype!r} for the target {to!r}, need none: only 'dense' has weights of a dtype")
+    torch_dtype = DTYPES[dtype or "float16"]
+    job = _Job(source, WeightReader(source), values, torch_dtype, progress or (lambda _done, _total: None))
     with new_directory(output, force=force) as directory:
         if to == QUANT_METHOD:
             _write(job, directory, _imported(job, method), lambda: _imported_config(job))
@@ -152,7 +157,8 @@ def _imported(job: _Job, method: str) -> Iterator[tuple[str, Tensor]]:
         for key, tensor in converted.tensors.items():
             yield f"{name}.{key}", tensor
         if f"{name}.bias" in job.reader:
-            yield f"{name}.bias", in_range(f"{name}.bias", job.reader.get(f"{name}.bias"), torch.float16)
+            bias, need = job.reader.get(f"{name}.bias"), "smaller ones: rosaq stores a bias in float16"
+            yield f"{name}.bias", in_range(f"{name}.bias", bias, torch.float16, need)
             taken.add(f"{name}.bias")
     job.progress(len(names), len(names))
     for name in job.reader.names():

@@ -21,13 +21,12 @@ def dense(name: str, fmt: LinearFormat, tensors: Tensors, dtype: torch.dtype) ->
     return {"weight": in_range(f"{name}.weight", weight, dtype)}
 
 
-def in_range(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` as `dtype`; ValueError where a number becomes Inf."""
+def in_range(name: str, tensor: Tensor, dtype: torch.dtype, need: str = "dtype bfloat16 (--dtype bfloat16)") -> Tensor:
+    """`tensor` as `dtype`; ValueError where a number becomes Inf, which tells what is needed."""
     result = tensor.to(dtype)
     if tensor.is_floating_point() and not bool(torch.isfinite(result).all()):
         raise ValueError(
-            f"{name}: got values up to {float(tensor.abs().max()):.3g}, which {dtype} cannot hold, "
-            "need dtype bfloat16 (--dtype bfloat16)"
+            f"{name}: got values up to {float(tensor.abs().max()):.3g}, which {dtype} cannot hold, need {need}"
         )
     return result
 
