@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 class InputGradient(torch.autograd.Function):
-    """y [.., n] = run(x [.., k]), linear in x but for a bias. weight() gives the dense float32 [n, k] behind it, made on
-    the way back and not kept."""
+    """y [.., n] = run(x [.., k]), linear in x but for a bias. weight() gives the dense float32 [n, k] behind it, made
+    on the way back and not kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], weight: Callable[[], Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rosaq import ops
 from rosaq.config import LinearFormat
+from rosaq.input_gradient import InputGradient
 from rosaq.layout import dense_weight
 from rosaq.sharding import Piece
 from rosaq.soundness import check_index, tensor_problem
@@ -31,8 +32,8 @@ class RosaqLinear(nn.Module):
     """y [.., n] = t · Ŵᵀ + s · Cᵀ + bias with t = x [.., k] · blockdiag(rotation), s the salient part of t.
 
     `in_features` k and `out_features` n are the full widths, also on a shard; `held` are those of the tensors that are
-    here. Nothing is trainable. Storage dtypes are those of the disk layout and stay so under `.half()`, `.bfloat16()`,
-    `.float()`; the activations decide the dtype of the result.
+    here. Nothing is trainable; gradients pass through to x. Storage dtypes are those of the disk layout and stay so
+    under `.half()`, `.bfloat16()`, `.float()`; the activations decide the dtype of the result.
     """
 
     # transformers' tensor parallelism hands such modules plain tensors.
@@ -119,7 +120,9 @@ class RosaqLinear(nn.Module):
         return cls.from_tensors({name: tensor.to(linear.weight.device) for name, tensor in tensors.items()}, fmt)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [.., k] float16, bfloat16 or float32 -> y [.., n] of the same dtype."""
+        """x [.., k] float16, bfloat16 or float32 -> y [.., n] of the same dtype, differentiable in x."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return cast(Tensor, InputGradient.apply(x, self.forward, self.dequantize))  # type: ignore[no-untyped-call]
         packed = self._buffers["packed"]
         siblings = self.siblings
         if siblings is not None and not torch.compiler.is_compiling() and not x.is_inference():

@@ -1,7 +1,8 @@
 """The ops of rosaq: thin documented wrappers over `torch.ops.rosaq.*` (their fakes for tracing: `rosaq/fakes.py`).
 
 m tokens, n out_features, k in_features, r salient directions, g groups per row. Errors from the ops are RuntimeError
-and name the op, the argument, what it got and what it needs. The ops are for inference: they have no gradient.
+and name the op, the argument, what it got and what it needs. The ops have no gradient; `RosaqLinear`
+has that of its input.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from rosaq.layout import pack
 from rosaq.linear import PACKED_NAMES, RosaqLinear
 from rosaq.ops import check_device
 from rosaq.specs import QuantSpec
-from tests.tolerances import assert_as_good_as
+from tests.tolerances import assert_as_good_as, assert_close_in
 
 FORMATS = {
     "int4-g128": LinearFormat(4, 128),
@@ -212,6 +212,19 @@ def test_nothing_is_trainable(fmt):
     assert not any(p.requires_grad for p in linear.parameters())
     linear = RosaqLinear.from_tensors(random_tensors(fmt), fmt)
     assert not any(p.requires_grad for p in linear.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_passes_through_to_the_input(fmt, dtype):
+    linear = RosaqLinear.from_tensors(random_tensors(fmt), fmt)
+    x = torch.randn(3, 5, linear.in_features, dtype=dtype, requires_grad=True)
+    y = linear(x)
+    assert torch.equal(y, linear(x.detach()))
+    direction = torch.randn_like(y)
+    (gradient,) = torch.autograd.grad(y, x, direction)
+    assert gradient.dtype == dtype
+    assert_close_in(gradient, direction.double() @ linear.dequantize().double(), dtype)
+    assert not linear(x.detach()).requires_grad
 
 
 @pytest.mark.parametrize("packed_first", [True, False])

@@ -20,7 +20,7 @@ from rosaq.config import LinearFormat
 from rosaq.integrations.transformers import RosaqConfig, RosaqHfQuantizer, check_offloaded
 from rosaq.linear import PACKED_NAMES, RosaqLinear
 from tests.models import save_rosaq, tiny_mistral, vandalise
-from tests.tolerances import assert_as_good_as
+from tests.tolerances import assert_as_good_as, assert_same_function
 
 FORMATS = {
     "int3-salient": {"default": LinearFormat(3, 32, num_salient=4)},
@@ -126,6 +126,20 @@ def test_nothing_pretends_to_have_a_gradient(salient_checkpoint):
     model = AutoModelForCausalLM.from_pretrained(salient_checkpoint)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model(INPUT_IDS).logits.requires_grad
+
+
+def test_the_gradient_of_the_embedded_text_is_that_of_the_dense_twin(salient_checkpoint):
+    """Through q/k/v and gate/up, which share calls otherwise, and all blocks; what prompt tuning needs."""
+    embedded = torch.randn(2, 12, 64)
+    gradients = []
+    for model in (
+        AutoModelForCausalLM.from_pretrained(salient_checkpoint, dtype=torch.float32),
+        dense_twin(salient_checkpoint, torch.float32),
+    ):
+        leaf = embedded.clone().requires_grad_()
+        model(inputs_embeds=leaf).logits.log_softmax(-1)[..., 7].sum().backward()
+        gradients.append(leaf.grad)
+    assert_same_function(*gradients)
 
 
 def test_memory_footprint_is_that_of_the_file(salient_checkpoint):

@@ -170,7 +170,7 @@ class RosaqHfQuantizer(HfQuantizer):
         if self._has_experts:
             vars(model)["_weight_conversions"] = []  # saved under the names in memory, whatever they were on disk
         join_siblings(model)
-        # The ops have no gradient: one that skips every quantised layer is worse than none.
+        # Codes have no gradient: training what is left of the weights alone is nobody's intention.
         model.requires_grad_(False)
         return model
 
