@@ -83,7 +83,6 @@ RUNS = [
 NOT_RUN = {
     "GPTQModel 7.7.0": "needs torch 2.14.1 or newer; its GPTQ is compared through llm-compressor's",
     "AutoAWQ 0.2.9": "no longer maintained; llm-compressor has its method",
-    "AWQ (llm-compressor)": "a run by name, `AWQ int3 g64`; its search took too long on the CPU to be in the table",
     "QuaRot + GPTQ": "research code that needs CUDA kernels; rosaq's recipe quarot is the same method",
     "ExLlamaV3": "needs a CUDA device to quantise",
 }
