@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +41,8 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 _UNIFORM_GROUP = 64  # of a recipe with a target, where all codes are to have the same width instead
+_LARGEST_GROUP = 1024
+_DIRECTION_BITS = 0.05  # per weight, for a direction at every site and the rotations
 DEFAULT_RECIPE = "rosaq-gptq"
 
 
@@ -122,3 +125,18 @@ def with_counted_salient(recipe: Recipe, hidden: int) -> Recipe:
     if recipe.salient.count != AUTO:
         return recipe
     return replace(recipe, salient=replace(recipe.salient, count=max(1, hidden // _AUTO_WIDTH)))
+
+
+def with_groups_for_target(recipe: Recipe, widths: Iterable[int]) -> Recipe:
+    """The recipe for linears of in_features `widths`: where its target is more than the widest codes take, the smallest
+    groups that the rest pays for. They gain more than further directions, and fourth bits gain more than they do."""
+    target = recipe.budget.target_bits
+    if target is None or recipe.quant.group_size != -1:
+        return recipe
+    left = target - max(recipe.budget.widths) - _DIRECTION_BITS
+    bits_each = 16 if recipe.quant.symmetric else 24  # scale and zero point
+    sizes = [size for size in range(32, _LARGEST_GROUP + 1, 32) if bits_each <= left * size]
+    for size in sizes:
+        if all(width % size == 0 for width in widths):
+            return replace(recipe, quant=replace(recipe.quant, group_size=size))
+    return recipe

@@ -14,7 +14,7 @@ from rosaq.linear import RosaqLinear
 from rosaq.pipeline import quantize
 from rosaq.pipeline.budget import SiteChoice, SiteFacts, share_out, spectrum_of, squared_steps, stored_bits
 from rosaq.quantizers import quantize_weight
-from rosaq.recipes import make_recipe
+from rosaq.recipes import make_recipe, with_groups_for_target
 from rosaq.specs import BudgetSpec, QuantSpec
 from tests.families import save_family, tiny_family
 from tests.models import SMALL, save_dense, tiny_llama
@@ -185,13 +185,32 @@ def test_the_default_shares_bits_out_until_something_uniform_is_said():
         make_recipe(by_energy, salient=3)
 
 
+def test_what_is_left_of_a_high_target_buys_the_smallest_groups():
+    """On SmolLM2-135M 4.31 bits are worth more that way than as directions (docs/accuracy.md)."""
+    widths = (576, 1536)
+    sizes = {3.45: -1, 4.06: -1, 4.2: 192, 4.31: 96, 4.5: 64, 6.0: 32}
+    for target, size in sizes.items():
+        assert with_groups_for_target(make_recipe(target_bits=target), widths).quant.group_size == size, target
+    symmetric = make_recipe(target_bits=4.31, symmetric=True)
+    assert with_groups_for_target(symmetric, widths).quant.group_size == 64
+    assert with_groups_for_target(make_recipe(target_bits=4.31), [576, 1504]).quant.group_size == -1
+    assert with_groups_for_target(make_recipe(target_bits=4.31, group_size=64), widths).quant.group_size == 64
+    assert with_groups_for_target(make_recipe(bits=4), widths).quant.group_size == 64
+
+
+def test_a_high_target_is_met_in_groups_unless_whole_rows_are_said(dense, tmp_path):
+    request = {name: value for name, value in SMALL.items() if name != "group_size"}
+    for said, size in (({}, 32), ({"group_size": -1}, -1)):
+        quantize(dense, tmp_path / str(size), target_bits=5.5, preset="fast", **request | said)
+        assert read_config(tmp_path / str(size)).default.group_size == size
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text"])
 @pytest.mark.filterwarnings("ignore:.*got a recipe that rotates the residual stream:UserWarning")
 def test_whole_rows_under_a_target_in_every_family(family, tmp_path):
     """The default recipe but for its target, which such narrow rows cannot reach."""
     source = save_family(tmp_path / "dense", tiny_family(family))
-    request = {name: value for name, value in SMALL.items() if name != "group_size"}
-    made = quantize(source, tmp_path / "out", target_bits=4.7, preset="fast", **request)
+    made = quantize(source, tmp_path / "out", target_bits=4.7, preset="fast", **SMALL | {"group_size": -1})
     assert 4.5 < made.bits_per_weight <= 4.7
     config = read_config(tmp_path / "out")
     assert {config.format_of(layer["name"]).group_size for layer in made.layers} == {-1}

@@ -32,7 +32,9 @@ def quantize_command(
     ] = None,
     group_size: Annotated[
         int | None,
-        typer.Option(help="In-features per scale; -1 for whole rows. Default: whole rows under a target, or 64."),
+        typer.Option(
+            help="In-features per scale; -1 for whole rows. Default: whole rows under a target below 4.1, or 64."
+        ),
     ] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Default: the recipe's.")] = None,
     salient: Annotated[int | None, typer.Option(help="Directions kept in 16 bits. Default: the recipe's.")] = None,

@@ -27,7 +27,14 @@ from rosaq.pipeline.request import (
 from rosaq.pipeline.run import Run
 from rosaq.pipeline.source import DenseModel, local_directory
 from rosaq.pipeline.workspace import Workspace
-from rosaq.recipes import DEFAULT_PRESET, DEFAULT_RECIPE, make_recipe, preset_of, with_counted_salient
+from rosaq.recipes import (
+    DEFAULT_PRESET,
+    DEFAULT_RECIPE,
+    make_recipe,
+    preset_of,
+    with_counted_salient,
+    with_groups_for_target,
+)
 from rosaq.specs import CalibrationSpec, Recipe
 
 
@@ -96,6 +103,7 @@ def quantize(
                     falls away once one of the first two or salient is given: all sites get the same. A `Recipe` of your
                     own keeps its budget, and bits or salient that it chooses are refused.
     target_bits     bits per weight on average (rosaq-gptq: 3.45): widths and directions are shared out between sites.
+                    Above 4.1 all codes have 4 bits, in groups as small as the target pays for, if none are said.
     salient_energy  directions per site by the share of energy they hold.
     head_bits       3 or 4: the output head gets codes of so many bits and is untied from the embedding, which stays in
                     16; 16 leaves it alone; None keeps the recipe's choice (16).
@@ -136,6 +144,8 @@ def quantize(
     check_output(output, force=force)
     dense = DenseModel(local_directory(model), bf16=spec.bf16, device=place)
     chosen = fit_to_family(with_counted_salient(chosen, dense.blocks.sizes.hidden), dense.blocks.family)
+    if group_size is None and isinstance(recipe, str):
+        chosen = with_groups_for_target(chosen, {k for k, _ in dense.blocks.linear_sizes().values()})
     check_formats(dense.blocks, chosen)
     tell_dense_rotations(dense.blocks, chosen)
     tell_untied_head(dense, chosen)
