@@ -130,7 +130,7 @@ class ImportanceSpec:
     exponent    the importance enters the second moments to this power: 1 as in RSQ's code, 2 as its formula reads.
     quantile    scores above this quantile of their sequence are cut to it. Below 1 it is the sink-aware variant: one
                 attention sink no longer sets the range for all other tokens.
-    sites       names of the sites whose second moments listen to it; empty for all.
+    sites       names of the sites whose second moments listen to it; empty for all. Axes that sites share always do.
     """
 
     strategy: str = "uniform"

@@ -325,6 +325,18 @@ def test_a_table_that_is_wrong_about_norms_is_found_out(dense, tmp_path, monkeyp
             quantize(dense["gemma3_text"], tmp_path / "out", recipe="quarot", force=True, **SMALL)  # over its rotations
 
 
+@pytest.mark.parametrize(("family", "recipe"), [("llama", "gptq"), ("gemma3_text", "quarot")])
+def test_a_table_that_is_wrong_about_inputs_is_found_out(dense, tmp_path, monkeypatch, family, recipe):
+    """Where no rotation is folded, results are those of the dense model whichever second moments a linear gets."""
+    table = FAMILIES[family]
+    attention, mlp = (next(site for site in table.sites if site.name == name) for name in ("attn_in", "mlp_in"))
+    joined = replace(attention, linears=(*attention.linears, *mlp.linears))
+    sites = tuple(joined if site is attention else site for site in table.sites if site is not mlp)
+    monkeypatch.setitem(FAMILIES, family, replace(table, sites=sites))
+    with pytest.raises(ValueError, match=r"attn_in: got \['mlp.gate_proj', 'mlp.up_proj'\], which do not read what"):
+        quantize(dense[family], tmp_path / "out", recipe=recipe, **SMALL)
+
+
 def test_a_model_that_changes_its_embeddings_is_refused(tmp_path, monkeypatch):
     """Granite multiplies them after the embedding module: blocks would be run on the wrong stream without notice."""
     monkeypatch.setitem(FAMILIES, "granite", FAMILIES["llama"])

@@ -274,6 +274,13 @@ def test_a_budget_neither_counts_nor_changes_the_head(dense, tmp_path):
     assert (made.layers[-1]["bits"], made.layers[-1]["num_salient"]) == (3, 1)
 
 
+def test_the_head_keeps_no_more_directions_than_there_are_principal_axes(dense, tmp_path):
+    recipe = make_recipe(target_bits=4.6, preset="fast", head_bits=3)
+    recipe = replace(recipe, salient=replace(recipe.salient, count=8), budget=replace(recipe.budget, most=2))
+    made = quantize(dense["untied"], tmp_path / "out", recipe=recipe, preset="fast", **SMALL)
+    assert made.layers[-1]["num_salient"] == 2
+
+
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 

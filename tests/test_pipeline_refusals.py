@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from rosaq.pipeline import quantize
 from rosaq.quantizers import NotPositiveDefiniteError
-from rosaq.specs import CalibrationSpec
+from rosaq.recipes import RECIPES
+from rosaq.specs import CalibrationSpec, ImportanceSpec
 from tests.models import SMALL, save_dense, tiny_llama
 
 
@@ -103,6 +105,10 @@ def test_activations_that_overflow_name_the_layer(dense, tmp_path):
         ({"spec": CalibrationSpec(6, 513)}, "sequence_length: got 513, need at most 512, the positions this model"),
         ({"recipe": "rtn", "importance": "norm"}, "importance: got 'norm' with recipe 'rtn', need one that looks at"),
         ({"calibration": ["a" * 500]}, "calibration: got 6 sequences of one repeated token each, need text"),
+        (
+            {"recipe": replace(RECIPES["gptq"], importance=ImportanceSpec("attention", sites=("down_proj",)))},
+            r"importance.sites: got \['down_proj'\], need some of \['attn_in', 'attn_out', 'mlp_in', 'mlp_out'\]",
+        ),
         ({"importance": "loud"}, "importance: got 'loud', need one of"),
         ({"resume": True}, "resume: got no unfinished run"),
     ],

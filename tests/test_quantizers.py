@@ -19,6 +19,7 @@ from rosaq.quantizers.grid import Grid, from_codes, to_codes
 from rosaq.quantizers.refine import refine, refit_scales, sweep_codes
 from rosaq.quantizers.salient import salient_mask
 from rosaq.specs import QuantSpec
+from tests.peak import PeakMemory
 from tests.tolerances import assert_close_in
 
 K, N = 128, 24
@@ -182,6 +183,47 @@ def test_gptq_does_not_care_how_channels_are_numbered():
     assert ((renumbered[1].scale - grid.scale[:, groups]).abs() > 1e-3).float().mean() < 0.02
     kept = order[torch.nonzero(salient[order]).flatten()]
     torch.testing.assert_close(renumbered[2][:, kept.argsort()], corrected, rtol=0.02, atol=0.02)
+
+
+def test_groups_of_equal_energy_stay_whole():
+    """Inputs that are there twice, as in widened models: columns of two groups must not be rounded in turns."""
+    w, half = gaussian(N, K), correlated_gram(K // 2)
+    spec, none = QuantSpec(group_size=32), salient_mask(K, torch.tensor([], dtype=torch.int64))
+    losses = []
+    for gap in (0.0, 1e-9):
+        twice = torch.diag(torch.cat([torch.diagonal(half), torch.diagonal(half) * (1 + gap)]))
+        codes, grid, _ = gptq(w, twice, spec, 32, none)
+        wide = Grid(grid.scale.repeat_interleave(32, 1), grid.zero.repeat_interleave(32, 1))
+        losses.append(float((from_codes(codes, wide) - w).double().square().matmul(torch.diagonal(twice)).sum()))
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_rows_are_refitted_alike_however_many_at_once(group_size):
+    n, k = 6, 512
+    w, gram, salient = gaussian(n, k), correlated_gram(k), salient_mask(k, torch.tensor([1, 300]))
+    codes, grid, kept = gptq(w, gram, QuantSpec(group_size=group_size), group_size, salient)
+    target = w.double() @ gram
+    whole, weights = refit_scales(target, gram, codes, grid, kept, salient)
+    for row in range(n):
+        one = slice(row, row + 1)
+        own = Grid(grid.scale[one], grid.zero[one])
+        alone, weight = refit_scales(target[one], gram, codes[one], own, kept[one], salient)
+        torch.testing.assert_close(alone.scale, whole.scale[one], rtol=1e-3, atol=0)
+        torch.testing.assert_close(weight, weights[one], rtol=1e-3, atol=1e-4)
+
+
+def test_refitting_many_groups_holds_no_more_than_few():
+    """The problem of a row has as many unknowns as groups, and that squared numbers."""
+    n, k, peaks = 512, 1024, []
+    gram, salient = correlated_gram(k), salient_mask(k, torch.tensor([5]))
+    codes, target, kept = torch.randint(0, 8, (n, k)).float(), torch.randn(n, k, dtype=torch.float64), gaussian(n, 1)
+    for groups in (1, k // 32):
+        with PeakMemory() as memory:
+            grid = Grid(torch.full((n, groups), 0.01), torch.full((n, groups), 4.0))
+            refit_scales(target, gram, codes, grid, kept, salient)
+        peaks.append(memory.peak)
+    assert peaks[1] <= 1.1 * peaks[0]
 
 
 def test_salient_columns_receive_the_least_squares_correction():

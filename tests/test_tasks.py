@@ -78,6 +78,22 @@ def test_accuracy_is_that_of_the_likelihoods(tmp_path, task_path):
 
 
 @needs_lm_eval
+def test_likelihoods_are_summed_in_float32(task_path):
+    """In bfloat16 a sum of some hundred nats is rounded to whole ones, and choices tie."""
+    model, seen = tiny_llama().bfloat16(), []
+    softmax = torch.nn.functional.log_softmax
+
+    def watched(x, **how):
+        seen.append(how["dtype"])
+        return softmax(x, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "log_softmax", watched)
+        run_tasks(model, ["colours"], include_path=task_path, tokenizer=byte_level_tokenizer())
+    assert set(seen) == {torch.float32}
+
+
+@needs_lm_eval
 def test_limit_takes_the_first_questions(task_path):
     (result,) = run_tasks(tiny_llama(), ["colours"], include_path=task_path, limit=2, tokenizer=byte_level_tokenizer())
     assert (result.samples, result.limit) == (2, 2)

@@ -215,6 +215,33 @@ class BlockModel:
             for handle in hooks:
                 handle.remove()
 
+    def check_sites(self, tensors: Tensors, hidden: Tensor) -> None:
+        """ValueError unless all linears of a site read one input: they are quantised by the second moments of what the
+        first of them reads. For the sites of the first block that are no expert's; tensors: of that block."""
+        inputs: Tensors = {}
+
+        def keep(name: str) -> Any:
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                inputs[name] = args[0]
+
+            return hook
+
+        block, sites = self._blocks[0], [site for site in self.family.sites if site.expert is None]
+        names = [name for site in sites for name in site.linears]
+        hooks = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+        try:
+            self.run(0, tensors, hidden)
+        finally:
+            for handle in hooks:
+                handle.remove()
+        for site in sites:
+            others = [n for n in site.linears[1:] if not torch.equal(inputs[n], inputs[site.linears[0]])]
+            if others:
+                raise ValueError(
+                    f"{self.family.name}: {site.name}: got {others}, which do not read what {site.linears[0]} reads, "
+                    "need linears of one input in a site: this architecture does not fit its family's table"
+                )
+
     def forward_with_outputs(self, index: int, tensors: Tensors, hidden: Tensor) -> tuple[Tensor, Tensors, Tensors]:
         """(`forward`, {linear: its own output}, {linear of an expert: the batch's tokens that its rows are}), outputs
         differentiable. The linears of an expert that no token was routed to are left out."""

@@ -79,7 +79,7 @@ def continue_text(
     compiled, settled = (further[:1], further[1:]) if compile else ([], further)
     since = compiled[0] if compiled else first
     return Continuation(
-        text=str(tokenizer.decode(ids[0], skip_special_tokens=True)),
+        text=str(tokenizer.decode(ids[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)),
         num_tokens=1 + len(further),
         first_seconds=first - start,
         token_seconds=(settled[-1] - since) / len(settled) if settled else None,

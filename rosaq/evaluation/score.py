@@ -143,5 +143,6 @@ def _predicted_bytes(tokenizer: Any, window: list[int]) -> int:
 
     As a difference, because many tokenizers decode the first token of a text differently (its space is dropped).
     """
-    whole, first = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (window, window[:1]))
+    as_it_is = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    whole, first = (tokenizer.decode(ids, **as_it_is) for ids in (window, window[:1]))
     return len(whole.encode("utf-8")) - len(first.encode("utf-8"))

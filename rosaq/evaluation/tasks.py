@@ -65,7 +65,12 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     subject = load_subject(model, dtype, tokenizer, device=device)
-    adapter = HFLM(pretrained=subject.module, tokenizer=subject.tokenizer, batch_size=batch_size)
+    adapter = HFLM(
+        pretrained=subject.module,
+        tokenizer=subject.tokenizer,
+        batch_size=batch_size,
+        softmax_dtype="float32",  # a sum of bfloat16 knows whole nats only
+    )
     found = simple_evaluate(
         model=adapter,
         tasks=list(tasks),

@@ -92,7 +92,7 @@ class SiteMoments:
     def _add(self, gram: Gram, site: Site, given: SiteInput, weight: Tensor | None) -> None:
         x = given.x
         if site.name in self._rotations.online:
-            x = rotate_blocks(x, self._rotations.online[site.name])
+            x = rotate_blocks(x.float(), self._rotations.online[site.name])  # else rounded again, once mixed
         listens = weight is not None and (not self._listening or site.stage in self._listening)
         try:
             gram.add_tokens(Tokens(x, given.of_tokens(weight) if listens and weight is not None else None))

@@ -37,9 +37,11 @@ class Plan:
         """Of the output head; None where it stays in 16 bits. A budget does not reach it: its width is its own."""
         if not self.recipe.quantizes_head:
             return None
-        site, online = self.model.family.head_site, self.rotations.online
-        choice = SiteChoice(self.recipe.head_bits, self.recipe.salient.count_at(site.reads))
-        return SitePlan(site, self.recipe, choice, online.get(site.name))
+        recipe, site = self.recipe, self.model.family.head_site
+        count = recipe.salient.count_at(site.reads)
+        if not recipe.budget.is_fixed:
+            count = min(count, recipe.budget.most)  # there are no more principal axes then
+        return SitePlan(site, recipe, SiteChoice(recipe.head_bits, count), self.rotations.online.get(site.name))
 
     def head_format(self) -> LinearFormat | None:
         """What the head stores; None where it stays in 16 bits."""

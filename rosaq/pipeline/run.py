@@ -111,6 +111,8 @@ class Run:
         """All blocks in order; the finished ones of an earlier run are read back instead of made again."""
         model = self._dense.blocks
         stream = self._stream(self.rotations.residual) if self._recipe.needs_tokens else []
+        if stream:
+            model.check_sites(self._dense.block(0), self._embed(self._ids[:1, :MAX_TOKENS], None))
         streams = Streams(stream, list(stream) if self._recipe.tune.steps else [], self._counts()[: len(stream)])
         if not self._recipe.rotation.is_identity:
             ids = self._ids[:1, :MAX_TOKENS]

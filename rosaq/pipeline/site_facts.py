@@ -59,7 +59,7 @@ def measure_sites(
                 total += float(cost.double().sum())
                 if site.name in inputs:  # else no token was routed to this expert
                     x, turned = inputs[site.name].x, rotations.online.get(site.name)
-                    x = x if turned is None else rotate_blocks(x, turned)
+                    x = x if turned is None else rotate_blocks(x.float(), turned)
                     gram.add_tokens(Tokens(x, inputs[site.name].of_tokens(cost)))
             sensitivity = total / hidden[..., 0].numel()
             found[stage] = _facts(sites, model, recipe, rotations, index, weights, gram.mean(), sensitivity)

@@ -107,7 +107,8 @@ def _by_energy(energy: Tensor, salient: Tensor, group_size: int) -> Tensor:
     bulk = torch.nonzero(~salient).flatten()
     of_group = energy.masked_fill(salient, 0).view(-1, group_size).sum(1)
     inside = bulk[energy[bulk].argsort(descending=True, stable=True)]
-    return inside[of_group[inside // group_size].argsort(descending=True, stable=True)]
+    place = of_group.argsort(descending=True, stable=True).argsort()  # of two with equal energy, one is the first
+    return inside[place[inside // group_size].argsort(stable=True)]
 
 
 def gptq(w: Tensor, gram: Tensor, spec: QuantSpec, group_size: int, salient: Tensor) -> tuple[Tensor, Grid, Tensor]:

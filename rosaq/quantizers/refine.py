@@ -50,8 +50,23 @@ def refit_scales(
     """Scales [n, groups] and salient weights [n, r] that minimise the loss for the given codes: one small
     least-squares problem a row, groups + r unknowns. A scale that would change its sign keeps its value.
 
-    target [n, k] float64: W G.
+    target [n, k] float64: W G. Some rows at once: their problems together hold a third of the
+    weight's numbers at most.
     """
+    n, k = codes.shape
+    rows = max(1, n * k // (3 * (grid.scale.shape[1] + int(salient.sum())) ** 2))
+    whole = (target, codes, grid.scale, grid.zero, salient_weight)
+    found = [
+        _refit_rows(own, gram, code, Grid(scale, zero), weight, salient)
+        for own, code, scale, zero, weight in zip(*(tensor.split(rows) for tensor in whole), strict=True)
+    ]
+    return Grid(torch.cat([scale for scale, _ in found]), grid.zero), torch.cat([weight for _, weight in found])
+
+
+def _refit_rows(
+    target: Tensor, gram: Tensor, codes: Tensor, grid: Grid, salient_weight: Tensor, salient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(scales, salient weights) of some rows, as `refit_scales`."""
     n, k = codes.shape
     groups, index = grid.scale.shape[1], torch.nonzero(salient).flatten()
     size, r = k // groups, len(index)
@@ -70,11 +85,12 @@ def refit_scales(
     right = torch.cat([(target * steps).view(n, groups, size).sum(-1), target[:, index]], 1)
     pull = _PULL * torch.diagonal(matrix, dim1=1, dim2=2).clamp_min(1e-30)
     current = torch.cat([grid.scale.double(), salient_weight.double()], 1)
-    solved = torch.linalg.solve(matrix + torch.diag_embed(pull), (right + pull * current)[..., None])[..., 0]
+    torch.diagonal(matrix, dim1=1, dim2=2).add_(pull)
+    solved = torch.linalg.solve(matrix, (right + pull * current)[..., None])[..., 0]
     scale = solved[:, :groups].to(torch.float16).float()
     ratio = scale / grid.scale  # of one sign: a symmetric grid's scale may be negative
     fits = (ratio >= 1 / 4) & (ratio <= 4)  # anything else is a row without information
-    return Grid(torch.where(fits, scale, grid.scale), grid.zero), solved[:, groups:].to(torch.float16).float()
+    return torch.where(fits, scale, grid.scale), solved[:, groups:].to(torch.float16).float()
 
 
 def sweep_codes(
