@@ -1,6 +1,7 @@
-"""Quantise a model, then talk to it: python examples/quantise_and_chat.py MODEL OUT [--bits 3] < questions.txt
+"""Quantise a model, then talk to it: python examples/quantise_and_chat.py MODEL OUT --calibration TEXT < questions.txt
 
-MODEL is a directory or a hub name. OUT is made on the first run and reused afterwards.
+MODEL is a directory or a hub name. OUT is made on the first run and reused afterwards. TEXT is plain or JSON lines, and
+should be of the kind that the model will be used for; without it prose that Python carries is taken, enough to try.
 """
 
 import argparse
@@ -15,19 +16,23 @@ import rosaq
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model")
 parser.add_argument("out", type=Path)
-parser.add_argument("--bits", type=int, default=3)
-parser.add_argument("--group-size", type=int, default=64)
+parser.add_argument("--calibration", type=Path, default=None)
+parser.add_argument("--target-bits", type=float, default=3.45, help="bits per weight on average")
 parser.add_argument("--num-sequences", type=int, default=64, help="calibration windows")
 parser.add_argument("--max-new-tokens", type=int, default=200)
 options = parser.parse_args()
 
 if not options.out.exists():
     spec = rosaq.CalibrationSpec(num_sequences=options.num_sequences)
-    result = rosaq.quantize(options.model, options.out, bits=options.bits, group_size=options.group_size, spec=spec)
+    result = rosaq.quantize(
+        options.model, options.out, target_bits=options.target_bits, calibration=options.calibration, spec=spec
+    )
     print(f"{options.out}: {result.bits_per_weight:.2f} bits per weight")
 
 tokenizer = AutoTokenizer.from_pretrained(options.out)
-model = AutoModelForCausalLM.from_pretrained(options.out, device_map="auto")
+model = AutoModelForCausalLM.from_pretrained(options.out, dtype="auto")
+if torch.cuda.is_available():
+    model = model.to("cuda")
 messages: list[dict[str, str]] = []
 for line in sys.stdin:
     if tokenizer.chat_template:

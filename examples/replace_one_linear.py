@@ -6,6 +6,7 @@ from torch import nn
 from rosaq import QuantSpec, RosaqLinear
 
 model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256))
+torch.set_grad_enabled(False)
 x = torch.randn(4096, 256)
 before, hidden = model(x), model[:2](x).detach().double()
 gram = hidden.T @ hidden / len(hidden)  # second moments of the inputs of model[2]

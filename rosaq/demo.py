@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 import rosaq
 from rosaq.evaluation import continue_text, evaluate, load_model
+from rosaq.report.console import wide_console
 from rosaq.report.progress import count_progress, quantize_progress
 from rosaq.report.record import write_record
 from rosaq.report.tables import eval_table
@@ -93,7 +93,7 @@ def run_demo(
     windows        of 512 evaluation tokens; num_sequences: of 512 calibration tokens.
     json_file      where the numbers go as well, None for nowhere.
     """
-    console = Console()
+    console = wide_console()
     console.print(f"[bold]1[/] {DEMO_NAME}: SmolLM2-135M-Instruct out of the installed {DEMO_PACKAGE} package")
     dense = ensure_demo_model(directory / DEMO_NAME)
     spec = CalibrationSpec(num_sequences=num_sequences)

@@ -7,16 +7,19 @@ has that of its input.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 try:
     from rosaq import _C as _C
 except ImportError as error:
-    raise ImportError(
-        "rosaq._C (the compiled kernels) cannot be loaded; build it with `pip install .` in the source tree, "
-        f"or `pip install -e . --no-build-isolation` to develop. The loader said: {error}"
-    ) from error
+    is_source = Path(__file__).parent.parent.joinpath("csrc").is_dir()
+    what = "build it with `pip install .` in the source tree"
+    if is_source:
+        what = "this is the source tree, which hides an installed rosaq: leave it, or build it here, `pip install -e .`"
+    raise ImportError(f"rosaq._C (the compiled kernels) cannot be loaded: {what}. The loader said: {error}") from error
 
 from rosaq.fakes import MAX_WEIGHTS as MAX_WEIGHTS
 

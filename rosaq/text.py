@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -93,8 +94,8 @@ def token_windows(tokenizer: Any, documents: Sequence[str], num: int, length: in
     """`num` windows of `length` tokens, int64 [num, length], out of the documents joined by blank lines.
 
     With a `seed`: windows that start anywhere (calibration). With None: windows that do not overlap, from the start
-    (evaluation). No BOS or other special token is added. ValueError if there is too little text, and for a single str,
-    which would be a document for each of its characters.
+    (evaluation). No BOS or other special token is added. A warning where windows must overlap; ValueError if there is
+    not one (for evaluation: not all), and for a single str, which would be a document for each of its characters.
     """
     if isinstance(documents, str):
         raise ValueError(f"documents: got the str {documents[:60]!r}, need a list of documents")
@@ -106,6 +107,13 @@ def token_windows(tokenizer: Any, documents: Sequence[str], num: int, length: in
     if len(tokens) < needed:
         raise ValueError(
             f"text: got {len(tokens)} tokens in {len(documents)} documents, need {needed} for {num} windows of {length}"
+        )
+    if num * length > len(tokens):
+        warnings.warn(
+            f"text: got {len(tokens)} tokens for {num} windows of {length}, which overlap: what is tuned on them is "
+            f"learnt by heart; need {num * length} or more",
+            UserWarning,
+            stacklevel=2,
         )
     stream = torch.tensor(tokens, dtype=torch.int64)
     if seed is None:

@@ -185,6 +185,7 @@ def bad_requests():
     quantize = ["quantize", "{dense}", "-o", "{new}", *FAST]
     return {
         "no model": (["eval", "./none"], "error: model: got './none', which is no directory"),
+        "no hub name": (["eval", "none"], "error: model: got 'none', which is no directory"),
         "no model to quantise": (["quantize", "./none", "-o", "{new}"], "got './none'"),
         "not a checkpoint": (["inspect", "{dense}"], "got no quantization_config"),
         "no layers file": (["inspect", "{quantised}", "--layers"], "error: layers: got no rosaq_layers.json"),

@@ -222,8 +222,10 @@ def test_bad_requests_are_refused(tmp_path, checkpoint, options, message):
 def test_dense_checkpoints_and_full_outputs_are_refused(tmp_path, checkpoint):
     with pytest.raises(ValueError, match="got a dense checkpoint, need rosaq or one of"):
         convert(save_dense(tmp_path / "dense"), tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").touch()
     with pytest.raises(ValueError, match="output: got .* not empty"):
-        convert(checkpoint, checkpoint)
+        convert(checkpoint, tmp_path / "full")
     with pytest.raises(FileNotFoundError, match="config.json: got no such file"):
         convert(tmp_path / "none", tmp_path / "out")
 
@@ -248,6 +250,21 @@ def test_outputs_that_cannot_be_replaced_are_refused_before_any_work(tmp_path, c
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inside", "model"]
 
 
+def test_force_never_deletes_the_source_or_what_is_no_model(tmp_path, checkpoint):
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "chapter.txt").write_text("mine")
+    for output, message in (
+        (checkpoint, "holds the source"),
+        (tmp_path, "holds the source"),
+        (folder, "holds no model"),
+    ):
+        with pytest.raises(ValueError, match=f"output: got .* which {message}"):
+            convert(checkpoint, output, force=True)
+    assert (folder / "chapter.txt").read_text() == "mine"
+    assert (checkpoint / "config.json").is_file()
+
+
 def test_a_link_stands_for_its_target(tmp_path, checkpoint):
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to("target")
@@ -261,6 +278,7 @@ def test_the_earlier_output_comes_back_where_renaming_fails(tmp_path, checkpoint
     output, rename = tmp_path / "out", Path.rename
     output.mkdir()
     (output / "precious.txt").write_text("mine")
+    (output / "config.json").write_text("{}")
 
     def busy(self, target):
         if self.name == ".out.writing":

@@ -157,6 +157,12 @@ def test_missing_directory_is_not_looked_up_on_the_hub(name):
         evaluate(name, text=TEXT)
 
 
+def test_a_reference_of_another_vocabulary_is_refused():
+    small, large = tiny_llama(), tiny_llama(vocab_size=300)
+    with pytest.raises(ValueError, match="reference: got a vocabulary of 300, need 264, that of the model"):
+        evaluate(small, reference=large, tokenizer=ByteTokenizer())
+
+
 def test_dtype_is_checked(tmp_path):
     with pytest.raises(ValueError, match="dtype: got 'float8'"):
         evaluate(save_dense(tmp_path), text=TEXT, dtype="float8")

@@ -309,6 +309,7 @@ def test_force_replaces_only_at_the_end(dense, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
     (output / "precious.txt").write_text("mine")
+    (output / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"output: got .*out, which exists and is not empty"):
         quantize(dense, output, recipe="rtn", **SMALL)
 

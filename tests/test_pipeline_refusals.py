@@ -101,7 +101,6 @@ def test_activations_that_overflow_name_the_layer(dense, tmp_path):
         ({"salient": 17}, "self_attn.q_proj: salient: got 17, need at most in_features / 4 = 16"),
         ({"salient": -1}, "salient: got -1"),
         ({"calibration": ["too short"]}, "text: got 9 tokens"),
-        ({"calibration": "some text"}, "calibration: got 'some text', need a list of documents"),
         ({"spec": CalibrationSpec(6, 513)}, "sequence_length: got 513, need at most 512, the positions this model"),
         ({"recipe": "rtn", "importance": "norm"}, "importance: got 'norm' with recipe 'rtn', need one that looks at"),
         ({"calibration": ["a" * 500]}, "calibration: got 6 sequences of one repeated token each, need text"),
@@ -166,9 +165,18 @@ def test_an_output_that_cannot_be_replaced_is_refused_before_any_work(dense, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_model_is_never_its_own_output(dense, tmp_path):
+    copy = tmp_path / "models" / "a"
+    shutil.copytree(dense, copy)
+    for output in (copy, copy.parent):
+        with pytest.raises(ValueError, match="output: got .* which holds the source"):
+            quantize(copy, output, recipe="rtn", force=True, **SMALL)
+    assert (copy / "model.safetensors").is_file()
+
+
 def test_a_link_as_output_stands_for_its_target(dense, tmp_path):
     (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "old.txt").touch()
+    (tmp_path / "target" / "config.json").touch()
     (tmp_path / "link").symlink_to("target")
     (tmp_path / ".target.replaced").symlink_to("nowhere")  # of a crash
     quantize(dense, tmp_path / "link", recipe="rtn", force=True, **SMALL)

@@ -1,5 +1,6 @@
 """The README's Python is run as it stands; only its paths are replaced."""
 
+import json
 import re
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def test_readme_example_runs(number, tmp_path):
     code = BLOCKS[number]
     if "path/to/model" in code:
         save_dense(tmp_path / "model", tiny_llama())
+        (tmp_path / "text.jsonl").write_text(json.dumps({"text": " ".join(map(str, range(400)))}) + "\n")
         code = code.replace("path/to/", f"{tmp_path}/")
     names: dict[str, object] = {}
     exec(compile(code, f"README.md example {number}", "exec"), names)

@@ -1,6 +1,7 @@
 """rosaq.text: reading documents, the built-in halves, and cutting windows of tokens."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -104,3 +105,11 @@ def test_too_little_text_is_refused_with_both_numbers():
         token_windows(ByteTokenizer(), "0123456789", 2, 4, None)
     with pytest.raises(ValueError, match="num: got 0"):
         token_windows(ByteTokenizer(), ["0123456789"], 0, 4, None)
+
+
+def test_windows_that_overlap_for_want_of_text_are_told():
+    with pytest.warns(UserWarning, match="text: got 40 tokens for 5 windows of 10, which overlap: .* need 50 or more"):
+        token_windows(ByteTokenizer(), ["a" * 40], 5, 10, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        token_windows(ByteTokenizer(), ["a" * 40], 4, 10, seed=0)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 
 @contextmanager
-def new_directory(output: str | Path, *, force: bool = False) -> Iterator[Path]:
+def new_directory(output: str | Path, *, force: bool = False, source: Path | None = None) -> Iterator[Path]:
     """Give an empty sibling of `output` to write into; it takes output's place at the end, and vanishes on an error.
 
     ValueError as in `check_output`, before anything is written.
     """
-    output = check_output(output, force=force)
+    output = check_output(output, force=force, source=source)
     partial = output.parent / f".{output.name}.writing"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -26,21 +26,25 @@ def new_directory(output: str | Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_output(output: str | Path, *, force: bool) -> Path:
+def check_output(output: str | Path, *, force: bool, source: Path | None = None) -> Path:
     """The path that `output` stands for, links resolved.
 
-    ValueError where it is a file, a mount point, holds the working directory, or is a directory with something in it
-    and `force` is not set.
+    ValueError where it is a file, a mount point, holds the working directory or the model `source`, or is a directory
+    with something in it, unless that is a checkpoint and `force` is set.
     """
     path = Path(output).resolve()
     if path.exists() and not path.is_dir():
         raise ValueError(f"output: got {output}, which is a file, need a directory name")
     if Path.cwd().is_relative_to(path):  # it would be deleted under the process and the shell
         raise ValueError(f"output: got {output}, which holds the working directory, need another directory")
+    if source is not None and source.resolve().is_relative_to(path):
+        raise ValueError(f"output: got {output}, which holds the source {source}, need another directory")
     if path.is_mount():
         raise ValueError(f"output: got {output}, a mount point, which cannot be renamed; need a directory inside it")
     if path.is_dir() and any(path.iterdir()) and not force:
         raise ValueError(f"output: got {output}, which exists and is not empty, need a new name or force (--force)")
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise ValueError(f"output: got {output}, which holds no model, need a new name: force replaces models only")
     return path
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
 
 import rosaq
 from rosaq.checkpoint import bits_by_tensor, read_config, total_bytes
@@ -26,6 +26,7 @@ from rosaq.cli.quantize import quantize_command
 from rosaq.demo import run_demo
 from rosaq.doctor import diagnose, lines
 from rosaq.evaluation import continue_text
+from rosaq.report.console import wide_console
 from rosaq.report.inspect import linears_by_kind, read_layers
 from rosaq.report.progress import count_progress
 from rosaq.report.record import write_record
@@ -44,6 +45,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rosaq {rosaq.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """INT3/INT4 language models with 16-bit salient directions."""
+    del version
 
 
 app.command("quantize")(quantize_command)
@@ -79,7 +96,7 @@ def inspect_command(
     layers: Annotated[bool, typer.Option("--layers", help="One row per linear, with its measured error.")] = False,
 ) -> None:
     """Show what is in a checkpoint: formats, bits per weight, bytes, errors."""
-    console = Console()
+    console = wide_console()
     console.print(config_table(read_config(directory), bits_by_tensor(directory), total_bytes(directory)))
     console.print(kinds_table(linears_by_kind(directory)))
     if layers:
@@ -123,9 +140,11 @@ def verify_command(
     json_file: JsonFile = None,
 ) -> None:
     """Check that a checkpoint is what it says it is; exit code 1 where it is not."""
+    if directory.is_dir():
+        read_config(directory)  # a dense model is not unsound, it is another thing
     with count_progress("verifying", "linears") as progress:
         verdict = rosaq.verify(directory, sample=sample, progress=progress)
-    Console().print(verify_table([check._asdict() for check in verdict.checks]))
+    wide_console().print(verify_table([check._asdict() for check in verdict.checks]))
     typer.echo("sound" if verdict.is_sound else "NOT SOUND: do not use this checkpoint")
     if json_file:
         write_record(json_file, "verify", {"directory": directory, "sample": sample}, verdict.to_dict())
@@ -157,8 +176,15 @@ def demo(
 def main(arguments: Sequence[str] | None = None) -> None:
     """The `rosaq` command; `arguments` default to those of the process."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one progress bar is enough: ours
+    if arguments is None:  # in a process of its own
+        warnings.showwarning = cast(Any, _show_warning)
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="rosaq")
     except (ValueError, OSError) as error:
         typer.echo("error: " + " ".join(str(error).split()), err=True)
         sys.exit(2)
+
+
+def _show_warning(message: Warning | str, *_where: Any, **_further: Any) -> None:
+    """One line, without the place in the source, which tells a user nothing."""
+    typer.echo("warning: " + " ".join(str(message).split()), err=True)

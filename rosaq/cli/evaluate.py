@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from rosaq.cli.options import Device, Documents, JsonFile
 from rosaq.evaluation import PasskeyResult, check_tasks, evaluate, find_passkeys, load_subject, run_tasks
+from rosaq.report.console import wide_console
 from rosaq.report.progress import count_progress
 from rosaq.report.record import write_record
 from rosaq.report.tables import eval_table, passkey_table, position_table, tasks_table
@@ -24,7 +24,7 @@ def eval_command(
     reference: Annotated[str | None, typer.Option(help="Model to compare distributions with.")] = None,
     positions: Annotated[bool, typer.Option("--positions", help="A table by position within the window.")] = False,
     passkey: Annotated[str | None, typer.Option(help="Prompt lengths, as 2048,4096: find a hidden number.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, as piqa,arc_easy: needs rosaq[tasks].")] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, as piqa,arc_easy: need rosaq\\[tasks].")] = None,
     task_path: Annotated[Path | None, typer.Option(help="Directory of your own lm-eval task files.")] = None,
     task_limit: Annotated[int | None, typer.Option(help="Questions per task. Default: all.")] = None,
     dtype: Annotated[
@@ -45,7 +45,7 @@ def eval_command(
         for value in values:  # all of them before the first run, which may take an hour
             subject.check_length(option, value)
     other = load_subject(reference, dtype, device=device) if reference is not None else None
-    console, results, others = Console(), [], dict[str, Any]()
+    console, results, others = wide_console(), [], dict[str, Any]()
     for length in contexts:
         with count_progress("evaluating", f"windows of {length}") as progress:
             result = evaluate(subject, context=length, reference=other, progress=progress, **request)

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 import rosaq
 from rosaq.cli.options import Device, Documents, JsonFile, calibration_documents
 from rosaq.recipes import RECIPES, preset_of
+from rosaq.report.console import wide_console
 from rosaq.report.progress import quantize_progress
 from rosaq.report.record import write_record
 from rosaq.report.tables import quantize_table
@@ -84,7 +84,7 @@ def quantize_command(
         result = rosaq.quantize(model, output, calibration=text, spec=spec, progress=progress, **request)
     if not is_first:  # one of several processes tells what all of them made
         return
-    Console().print(quantize_table(result.to_dict()))
+    wide_console().print(quantize_table(result.to_dict()))
     typer.echo(f"compare it with the original: rosaq eval {output} --reference {model}")
     if json_file:
         asked = request | {"model": model, "calibration": calibration, "documents": documents, "spec": vars(spec)}

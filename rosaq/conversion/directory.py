@@ -98,7 +98,7 @@ def convert(
         raise ValueError(f"dtype: got {dtype!r} for the target {to!r}, need none: only 'dense' has weights of a dtype")
     torch_dtype = DTYPES[dtype or "float16"]
     job = _Job(source, WeightReader(source), values, torch_dtype, progress or (lambda _done, _total: None))
-    with new_directory(output, force=force) as directory:
+    with new_directory(output, force=force, source=source) as directory:
         if to == QUANT_METHOD:
             _write(job, directory, _imported(job, method), lambda: _imported_config(job))
         else:

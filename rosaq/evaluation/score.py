@@ -88,6 +88,8 @@ def evaluate(
     subject = load_subject(model, dtype, tokenizer, device=device)
     subject.check_length("context", context)
     other = load_subject(reference, dtype, device=device) if reference is not None else None
+    if other is not None and None not in (own := (subject.vocabulary, other.vocabulary)) and own[0] != own[1]:
+        raise ValueError(f"reference: got a vocabulary of {own[1]}, need {own[0]}, that of the model")
     ids = token_windows(subject.tokenizer, _documents(text, documents), windows, context, None)
     tally, seconds = PositionTally(context), 0.0
     for start in range(0, windows, batch_size):

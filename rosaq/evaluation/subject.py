@@ -42,6 +42,12 @@ class Subject:
             return str(getattr(self.source, "name_or_path", "") or type(self.source).__name__)
         return str(self.source)
 
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens it tells apart, None where it does not say."""
+        size = getattr(getattr(self.module, "config", None), "vocab_size", None)
+        return None if size is None else int(size)
+
     def check_length(self, argument: str, tokens: int) -> None:
         """ValueError where `tokens` are more than the positions that the model was made for."""
         limit = getattr(getattr(self.module, "config", None), "max_position_embeddings", None)
@@ -166,6 +172,8 @@ def load_tokenizer(model: str | Path | nn.Module) -> Any:
 def _check_name(name: str | Path) -> None:
     """A path that is not there would be looked up on the hub, with an error that sends people the wrong way."""
     text = str(name)
-    is_hub_id = isinstance(name, str) and text.count("/") <= 1 and not text.startswith((".", "/", "~"))
+    is_hub_id = isinstance(name, str) and text.count("/") == 1 and not text.startswith((".", "/", "~"))
     if not Path(name).is_dir() and not is_hub_id:
-        raise FileNotFoundError(f"model: got {text!r}, which is no directory, need a model directory or a hub id")
+        raise FileNotFoundError(
+            f"model: got {text!r}, which is no directory, need a model directory or a hub id 'owner/name'"
+        )

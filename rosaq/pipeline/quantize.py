@@ -90,7 +90,7 @@ def quantize(
     head_bits: int | None = None,
     preset: str = DEFAULT_PRESET,
     device: str = "cpu",
-    calibration: list[str] | None = None,
+    calibration: str | Path | list[str] | None = None,
     spec: CalibrationSpec | None = None,
     force: bool = False,
     resume: bool = False,
@@ -112,7 +112,7 @@ def quantize(
                     result is reproducible, bit by bit, only on one kind of device: floating point sums have another
                     order on each, and a code near the middle between two can fall on either side. Random draws are the
                     same everywhere. The checkpoint runs everywhere, whatever made it.
-    calibration     a list of documents (of a file: `rosaq.text.read_text(path)`); None: prose that Python carries.
+    calibration     a file (plain text or JSON lines), a list of documents, or None: prose that Python carries.
 
     Memory holds one block, the token stream and one shard. `output` appears complete or not at all; an interrupted run
     continues with `resume` on the same kind of device, and ends bit-identical.
@@ -141,8 +141,9 @@ def quantize(
         preset=preset,
     )
     spec = spec or CalibrationSpec(num_sequences=preset_of(preset).num_sequences)
-    check_output(output, force=force)
-    dense = DenseModel(local_directory(model), bf16=spec.bf16, device=place)
+    directory = local_directory(model)
+    check_output(output, force=force, source=directory)
+    dense = DenseModel(directory, bf16=spec.bf16, device=place)
     chosen = fit_to_family(with_counted_salient(chosen, dense.blocks.sizes.hidden), dense.blocks.family)
     if group_size is None and isinstance(recipe, str):
         chosen = with_groups_for_target(chosen, {k for k, _ in dense.blocks.linear_sizes().values()})

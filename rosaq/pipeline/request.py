@@ -20,7 +20,7 @@ from rosaq.pipeline.budget import same_everywhere, stored_bits
 from rosaq.pipeline.source import DenseModel
 from rosaq.rotation import BlockRotations
 from rosaq.specs import CalibrationSpec, Recipe
-from rosaq.text import builtin_text, token_windows
+from rosaq.text import builtin_text, read_text, token_windows
 
 
 def fit_to_family(recipe: Recipe, family: Family) -> Recipe:
@@ -93,22 +93,20 @@ def tell_untied_head(dense: DenseModel, recipe: Recipe) -> None:
         )
 
 
-def calibration_windows(dense: DenseModel, calibration: list[str] | None, spec: CalibrationSpec) -> Tensor:
-    """The windows of the documents `calibration` (None: built-in prose), int64 [num_sequences * expansion, length];
-    ValueError for what is no list of text, is too little of it, or is longer than the model reads."""
+def calibration_windows(dense: DenseModel, calibration: str | Path | list[str] | None, spec: CalibrationSpec) -> Tensor:
+    """The windows of the file or documents `calibration` (None: built-in prose), int64 [num_sequences * expansion,
+    length]. A warning where they overlap for want of text; ValueError where there is less than one window of it, or
+    windows are longer than the model reads."""
     from transformers import AutoTokenizer
 
-    if isinstance(calibration, str | Path):
-        raise ValueError(
-            f"calibration: got {str(calibration)[:60]!r}, need a list of documents (of a file: "
-            "rosaq.text.read_text(path))"
-        )
     limit = getattr(dense.blocks.config, "max_position_embeddings", None)
     if limit is not None and spec.sequence_length > limit:
         raise ValueError(
             f"sequence_length: got {spec.sequence_length}, need at most {limit}, the positions this model knows"
         )
     tokenizer = AutoTokenizer.from_pretrained(dense.directory)
+    if isinstance(calibration, str | Path):
+        calibration = read_text(calibration)
     documents = builtin_text("calibration") if calibration is None else calibration
     ids = token_windows(tokenizer, documents, spec.num_sequences, spec.sequence_length, spec.seed)
     if spec.sequence_length > 1 and not (ids != ids[:, :1]).any():
