@@ -254,11 +254,8 @@ def test_force_never_deletes_the_source_or_what_is_no_model(tmp_path, checkpoint
     folder = tmp_path / "thesis"
     folder.mkdir()
     (folder / "chapter.txt").write_text("mine")
-    for output, message in (
-        (checkpoint, "holds the source"),
-        (tmp_path, "holds the source"),
-        (folder, "holds no model"),
-    ):
+    refused = {checkpoint: "holds the source", tmp_path: "holds the source", folder: "holds no model"}
+    for output, message in refused.items():
         with pytest.raises(ValueError, match=f"output: got .* which {message}"):
             convert(checkpoint, output, force=True)
     assert (folder / "chapter.txt").read_text() == "mine"

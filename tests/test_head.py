@@ -298,7 +298,7 @@ def test_a_killed_run_resumes_bit_identically(stop_after, made, dense, tmp_path,
 
     with pytest.raises(Killed):
         quantize(dense["untied"], output, progress=kill, **request)
-    with pytest.raises(ValueError, match=r"resume: got another request .*'head_bits': 3"):
+    with pytest.raises(ValueError, match=r"resume: got another request .*'recipe.head_bits': 3"):
         quantize(dense["untied"], output, resume=True, **request | {"head_bits": 3})
     passes = []
     monkeypatch.setattr(head_module, "_moments", spy(head_module._moments, passes))

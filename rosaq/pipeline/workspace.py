@@ -59,10 +59,11 @@ class Workspace:
     def _check_request(self) -> None:
         path = self.directory / "request.json"
         earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        differing = sorted(k for k in self._request.keys() | earlier.keys() if self._request.get(k) != earlier.get(k))
+        own, other = _flat(self._request), _flat(earlier)
+        differing = sorted(key for key in own.keys() | other.keys() if own.get(key) != other.get(key))
         if differing:
-            got = {key: self._request.get(key) for key in differing}
-            need = {key: earlier.get(key) for key in differing}
+            got = {key: own.get(key) for key in differing}
+            need = {key: other.get(key) for key in differing}
             raise ValueError(f"resume: got another request than the unfinished run: {got}, need {need}")
 
     def load(self, name: str) -> tuple[Tensors, dict[str, Any]] | None:
@@ -138,3 +139,11 @@ class Workspace:
 def block_name(index: int) -> str:
     """Name of the saved step of block `index`."""
     return f"block-{index:05d}"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted names: {"recipe": {"bits": 3}} -> {"recipe.bits": 3}."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
