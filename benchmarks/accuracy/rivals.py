@@ -77,6 +77,7 @@ RUNS = [
     _budget("rosaq-gptq 3.45 bits"),
     *_BEST,
     *_runs(4),
+    Run("rosaq-gptq 4.31 bits", "rosaq", None, ("--target-bits", "4.31")),
     *_llamacpp("IQ3_XXS", "IQ3_S", "Q3_K_S", "Q3_K_M", "IQ4_XS", "Q4_K_S"),
 ]
 
