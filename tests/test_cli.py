@@ -100,6 +100,8 @@ def test_verify_tells_sound_from_unsound(capsys, tmp_path, quantised):
     code, stdout, _ = run(capsys, "verify", damaged)
     assert code == 1
     assert "model.norm.weight: got NaN or Inf" in " ".join(stdout.split())
+    (damaged / "config.json").write_text("{")
+    assert run(capsys, "verify", damaged)[0] == 1
     assert run(capsys, "verify", tmp_path / "none")[0] == 2
 
 
@@ -187,6 +189,7 @@ def bad_requests():
         "no model": (["eval", "./none"], "error: model: got './none', which is no directory"),
         "no hub name": (["eval", "none"], "error: model: got 'none', which is no directory"),
         "no model to quantise": (["quantize", "./none", "-o", "{new}"], "got './none'"),
+        "nothing to verify": (["verify", "{dense}"], "got a model without quantization_config"),
         "not a checkpoint": (["inspect", "{dense}"], "got no quantization_config"),
         "no layers file": (["inspect", "{quantised}", "--layers"], "error: layers: got no rosaq_layers.json"),
         "bits": ([*quantize, "--bits", "5"], "error: bits: got 5, need one of (3, 4)"),

@@ -41,9 +41,10 @@ def check_output(output: str | Path, *, force: bool, source: Path | None = None)
         raise ValueError(f"output: got {output}, which holds the source {source}, need another directory")
     if path.is_mount():
         raise ValueError(f"output: got {output}, a mount point, which cannot be renamed; need a directory inside it")
-    if path.is_dir() and any(path.iterdir()) and not force:
+    is_full = path.is_dir() and any(path.iterdir())
+    if is_full and not force:
         raise ValueError(f"output: got {output}, which exists and is not empty, need a new name or force (--force)")
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+    if is_full and not (path / "config.json").is_file():
         raise ValueError(f"output: got {output}, which holds no model, need a new name: force replaces models only")
     return path
 

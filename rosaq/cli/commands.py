@@ -8,6 +8,7 @@ rosaq and keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ from typing import Annotated, Any, cast
 import typer
 
 import rosaq
-from rosaq.checkpoint import bits_by_tensor, read_config, total_bytes
+from rosaq.checkpoint import bits_by_tensor, read_config, read_json, total_bytes
 from rosaq.cli.evaluate import eval_command
 from rosaq.cli.options import Device, Documents, JsonFile, calibration_documents
 from rosaq.cli.quantize import quantize_command
@@ -140,8 +141,8 @@ def verify_command(
     json_file: JsonFile = None,
 ) -> None:
     """Check that a checkpoint is what it says it is; exit code 1 where it is not."""
-    if directory.is_dir():
-        read_config(directory)  # a dense model is not unsound, it is another thing
+    if _is_dense(directory):  # not unsound, but another thing
+        raise ValueError(f"{directory}: got a model without quantization_config, need a checkpoint written by rosaq")
     with count_progress("verifying", "linears") as progress:
         verdict = rosaq.verify(directory, sample=sample, progress=progress)
     wide_console().print(verify_table([check._asdict() for check in verdict.checks]))
@@ -150,6 +151,13 @@ def verify_command(
         write_record(json_file, "verify", {"directory": directory, "sample": sample}, verdict.to_dict())
     if not verdict.is_sound:
         raise typer.Exit(1)
+
+
+def _is_dense(directory: Path) -> bool:
+    config = directory / "config.json"
+    with contextlib.suppress(ValueError):
+        return config.is_file() and "quantization_config" not in read_json(config)
+    return False  # a damaged file, of which `verify` tells more
 
 
 @app.command()
