@@ -1,4 +1,4 @@
-"""Where tensors live: the names of devices that users give, and what is wrong with them."""
+"""Where tensors live: the names of devices that users give, and what is wrong with them, and what they can do."""
 
 from __future__ import annotations
 
@@ -37,3 +37,11 @@ def _own_number(given: str | None, name: str) -> int:
         count = torch.distributed.get_world_size()
         raise ValueError(f"device: got {name!r} for {count} processes, need 'cuda': each takes a GPU of its own")
     return int(os.environ.get("LOCAL_RANK", torch.distributed.get_rank()))
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """True where `device` has instructions for matrix products in bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "integrations": {"config", "specs", "linear", "siblings", "experts", "checkpoint", "sharding", "soundness"},
     "models": {"config"},
     "rotation": {"config", "models"},
-    "calibrate": {"config", "specs", "layout", "experts", "models"},
+    "calibrate": {"config", "devices", "specs", "layout", "experts", "models"},
     "quantizers": {"config", "specs", "layout", "rotation"},
     "tuning": {"config", "specs", "layout", "rotation", "calibrate"},
     "recipes": {"config", "specs"},

@@ -19,6 +19,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rosaq.calibrate.buffers import compute_buffers
+from rosaq.devices import multiplies_bf16
 from rosaq.experts import Experts, replace_fused, routed
 from rosaq.models import Family, Site, Sizes, family_of
 
@@ -78,7 +80,7 @@ class BlockModel:
             self._model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation="sdpa")
             replace_fused(self._model)
         self._model.eval()
-        _compute_buffers(self._model, self.device)
+        compute_buffers(self._model, self.device)
         self._blocks = list(self._model.get_submodule(self.family.blocks))
         self._check_blocks()
         self.is_bf16 = False  # whether matrix products are in bfloat16
@@ -98,7 +100,7 @@ class BlockModel:
     def in_bf16(self) -> BlockModel:
         """This model with matrix products in bfloat16, everything between them and the hidden states in float32; itself
         on a device without instructions for it, where that would be slower."""
-        if not _multiplies_bf16(self.device):
+        if not multiplies_bf16(self.device):
             return self
         result = copy.copy(self)
         result.is_bf16 = True
@@ -227,8 +229,7 @@ class BlockModel:
             return hook
 
         block, sites = self._blocks[0], [site for site in self.family.sites if site.expert is None]
-        names = [name for site in sites for name in site.linears]
-        hooks = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+        hooks = [block.get_submodule(n).register_forward_pre_hook(keep(n)) for site in sites for n in site.linears]
         try:
             self.run(0, tensors, hidden)
         finally:
@@ -318,29 +319,3 @@ class BlockModel:
                 f"model: {self.config.model_type}: got embeddings that the model changes before its first block, need "
                 f"them to enter it as {self.family.embedding!r} makes them"
             )
-
-
-def _multiplies_bf16(device: torch.device) -> bool:
-    """True where `device` has instructions for matrix products in bfloat16."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def _compute_buffers(model: nn.Module, device: torch.device) -> None:
-    """Give the buffers that are computed rather than stored (rotary frequencies, embedding scales) their values: on the
-    meta device they have none. By transformers' own way, which `from_pretrained` takes too. Made on the CPU."""
-    for name, module in model.named_modules():
-        buffers = {key: module._buffers[key] for key in module._non_persistent_buffers_set if key in module._buffers}
-        for key, buffer in buffers.items():
-            if buffer is not None:
-                module._buffers[key] = torch.full(buffer.shape, torch.nan, dtype=buffer.dtype)
-        if buffers:
-            with torch.no_grad():
-                model._init_weights(module)  # type: ignore[operator]
-        for key in buffers:
-            if (value := module._buffers[key]) is not None and value.isnan().any():
-                raise ValueError(f"model: {name}.{key}: got a buffer that its model does not compute, need one it does")
-            if value is not None:
-                module._buffers[key] = value.to(device)
