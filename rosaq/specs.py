@@ -155,6 +155,11 @@ class ImportanceSpec:
                 f"chunks: got {self.chunks} of {self.num_chunks}, need some, each at least 0 and below that"
             )
 
+    @property
+    def needs_pass(self) -> bool:
+        """True where the scores are what the block makes of the tokens, not what enters it."""
+        return self.strategy in ("attention", "change")
+
 
 @dataclass(frozen=True)
 class TuneSpec:

@@ -37,11 +37,11 @@ def site(sensitivity=1.0, decay=0.0, most=4, spikes=0):
 
 
 def test_a_diagonal_gram_leaves_the_geometric_mean_of_what_is_not_kept():
-    fact = site(sensitivity=3.0, decay=0.5)
-    values = torch.exp(-0.5 * torch.arange(K, dtype=torch.float64))
+    fact = site(sensitivity=3.0, decay=0.05)
+    values = torch.exp(-0.05 * torch.arange(K, dtype=torch.float64))
     for count in range(5):
         want = 3.0 * (K - count) * values[count:].log().mean().exp() / 49 / 12
-        assert fact.loss(SiteChoice(3, count)) == pytest.approx(float(want), rel=1e-9)
+        assert fact.loss(SiteChoice(3, count)) == pytest.approx(float(want), rel=1e-7)  # the least damping
     assert fact.loss(SiteChoice(4, 1)) / fact.loss(SiteChoice(3, 1)) == pytest.approx(49 / 225)
 
 
@@ -116,7 +116,9 @@ def test_sensitivity_is_the_squared_gradient_of_the_predictions(tmp_path):
     weights = [{n: t.detach() for n, t in layer.state_dict().items()} for layer in dense.model.layers]
     gain, head = dense.model.norm.weight.detach(), dense.lm_head.weight.detach()
     embedded = dense.model.embed_tokens(ids).detach()
-    got = output_sensitivity(model, weights.__getitem__, gain, head, embedded, torch.Generator().manual_seed(7))
+    seed = torch.Generator().manual_seed(7)
+    found = output_sensitivity(model, weights.__getitem__, gain, head, embedded, seed)
+    got = {each.index: each.squares for each in found}
 
     outputs = {}
     for i, layer in enumerate(dense.model.layers):

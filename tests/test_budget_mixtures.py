@@ -42,12 +42,17 @@ def test_sensitivity_of_an_expert_is_that_of_the_tokens_routed_to_it(name, dense
     """Against autograd through all blocks at once, for the same drawn labels."""
     model, hidden, final = measured(dense[name])
     blocks, family = model.blocks, model.blocks.family
-    got = output_sensitivity(blocks, model.block, *final, hidden, torch.Generator().manual_seed(7))
+    found = list(output_sensitivity(blocks, model.block, *final, hidden, torch.Generator().manual_seed(7)))[::-1]
+    got = [each.squares for each in found]
     state, outputs, tokens = hidden.clone().requires_grad_(), [], []
     for index in range(2):
-        state, out, routed = blocks.forward_with_outputs(index, model.block(index), state)
+        state, out, inputs = blocks.forward_with_outputs(index, model.block(index), state)
         outputs.append(out)
-        tokens.append(routed)
+        routed = [site for site in family.sites if site.expert is not None and site.name in inputs]
+        tokens.append({linear: inputs[site.name].tokens for site in routed for linear in site.linears})
+        for site in routed:
+            assert torch.equal(found[index].inputs[site.name].x, inputs[site.name].x)
+            assert torch.equal(found[index].inputs[site.name].tokens, inputs[site.name].tokens)
     logits = blocks.final_norm(state, final[0]) @ final[1].T
     labels = torch.multinomial(logits.detach().softmax(-1).flatten(0, 1), 1, generator=torch.Generator().manual_seed(7))
     score = logits.flatten(0, 1).log_softmax(-1).gather(1, labels).sum()
@@ -71,9 +76,10 @@ def test_second_moments_are_added_up_over_the_experts(name, dense):
     model, hidden, final = measured(dense[name])
     recipe = make_recipe("rosaq-gptq", target_bits=4.0, preset="fast")
     facts = measure_sites(model.blocks, recipe, Rotations(), model.block, final, hidden, seed=7)
-    squares = output_sensitivity(model.blocks, model.block, *final, hidden, torch.Generator().manual_seed(7))[0]
+    *_, first = output_sensitivity(model.blocks, model.block, *final, hidden, torch.Generator().manual_seed(7))
+    squares = first.squares
     sites = [site for site in model.blocks.family.sites if site.stage == "mlp_out"]
-    inputs, _ = model.blocks.inputs_of(0, model.block(0), hidden, sites)
+    inputs = model.blocks.inputs_of(0, model.block(0), hidden, sites).inputs
     assert len(sites) == 4
     assert set(facts[0]) == {"attn_in", "attn_out", "mlp_in", "mlp_out"}
     fact, total = facts[0]["mlp_out"], 0.0
@@ -128,7 +134,7 @@ def test_an_expert_that_no_token_reached_counts_in_the_bits_alone(tmp_path):
     source, hidden, final = measured(save_family(tmp_path / "dense", model))
     recipe = make_recipe("rosaq-gptq", target_bits=4.0, preset="fast")
     facts = measure_sites(source.blocks, recipe, Rotations(), source.block, final, hidden, seed=7)
-    assert "mlp_in.4" not in source.blocks.inputs_of(0, source.block(0), hidden, source.blocks.family.sites)[0]
+    assert "mlp_in.4" not in source.blocks.inputs_of(0, source.block(0), hidden, source.blocks.family.sites).inputs
     assert facts[0]["mlp_in"].num_weights == 5 * 2 * 64 * 128
     assert facts[0]["mlp_in"].sensitivity > 0
 

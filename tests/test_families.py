@@ -218,21 +218,22 @@ def test_moments_of_an_expert_are_those_of_the_tokens_routed_to_it(name, dense):
     source = DenseModel(dense[name])
     hidden = source.blocks.embed(source.get(source.embedding_name), INPUT_IDS)
     sites = [site for site in source.blocks.family.sites if site.expert is not None]
-    found, out = source.blocks.inputs_of(0, source.block(0), hidden, sites, stop=False)
+    passed = source.blocks.inputs_of(0, source.block(0), hidden, sites, stop=False)
+    found = passed.inputs
     experts = load(dense[name]).model.layers[0].mlp
     seen = {}
     experts.experts.register_forward_pre_hook(lambda _module, args: seen.update(x=args[0], chosen=args[1]))
     model = load(dense[name])
     model.model.layers[0].mlp = experts
     states = model(INPUT_IDS, output_hidden_states=True).hidden_states
-    assert_same_function(out, states[1])
+    assert_same_function(passed.output, states[1])
     for expert in range(4):
         tokens = torch.where((seen["chosen"] == expert).any(1))[0]
         assert torch.equal(found[f"mlp_in.{expert}"].tokens, tokens)
         assert_same_function(found[f"mlp_in.{expert}"].x, seen["x"][tokens])
         gate, up = (seen["x"][tokens] @ experts.experts.gate_up_proj[expert].T).chunk(2, -1)
         assert_same_function(found[f"mlp_out.{expert}"].x, torch.nn.functional.silu(gate) * up)
-    everything, _ = source.blocks.inputs_of(0, source.block(0), hidden, sites, route_all=True)
+    everything = source.blocks.inputs_of(0, source.block(0), hidden, sites, route_all=True).inputs
     assert all(given.x.shape[0] == INPUT_IDS.numel() for given in everything.values())
     assert len(everything) == 8
 

@@ -39,6 +39,17 @@ def test_permuting_tokens_alone_changes_the_gram():
     assert (moved - gram_of(t)).abs().max() > 0.05
 
 
+def test_tokens_can_be_taken_out_again():
+    t = tokens(50)
+    loud = Tokens(1e4 * t.x[:3], t.importance[:3])
+    everything, some = Gram(12), Gram(12)
+    for batch in (t, loud):
+        everything.add_tokens(batch)
+    some.add_tokens(loud)
+    assert_gram_close(everything.without(some).mean(), gram_of(t))
+    assert not some.without(some).has_tokens
+
+
 def test_gram_does_not_depend_on_the_batches():
     t = tokens(50)
     first, rest = t.reordered(torch.arange(20)), t.reordered(torch.arange(20, 50))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rosaq.calibrate import BlockModel, importance_from_scores, importance_summary, token_importance
+from rosaq.calibrate import BlockModel, BlockPass, importance_from_scores, importance_summary, token_importance
 from rosaq.specs import STRATEGIES, ImportanceSpec
 from tests.models import save_dense, tiny_llama, tiny_mistral
 from tests.tolerances import assert_same_function, assert_tight
@@ -42,14 +42,16 @@ def test_every_strategy_scores_what_its_name_says(block):
     model, weights = block
     hidden, counts = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0)), torch.arange(32).view(2, 16)
 
+    passed = model.inputs_of(0, weights, hidden, [], stop=False)
+
     def got(strategy, **changes):
-        return token_importance(model, 0, weights, hidden, ImportanceSpec(strategy, **changes), counts)
+        return token_importance(hidden, ImportanceSpec(strategy, **changes), counts, passed)
 
     def want(scores):
         return importance_from_scores(scores, ImportanceSpec()).flatten()
 
     assert got("uniform") is None
-    assert_same_function(got("attention"), want(model.attention_received(0, weights, hidden)))
+    assert_same_function(got("attention"), want(passed.received))
     assert_same_function(got("norm"), want(hidden.square().sum(-1).sqrt()))
     change = (model.run(0, weights, hidden) - hidden).square().sum(-1).sqrt()
     assert_same_function(got("change"), want(-change))
@@ -70,7 +72,7 @@ def test_the_summary_counts_the_tokens_that_count():
     assert importance_summary([torch.ones(6)])["effective_share"] == pytest.approx(1)
 
 
-def test_refusals_name_the_argument(block):
+def test_refusals_name_the_argument():
     for changes, match in (
         ({"strategy": "loud"}, "importance: got 'loud', need one of uniform, attention"),
         ({"floor": 0}, "floor: got 0, need 0 < floor <= 1"),
@@ -80,9 +82,9 @@ def test_refusals_name_the_argument(block):
     ):
         with pytest.raises(ValueError, match=match):
             ImportanceSpec(**changes)
-    model, weights = block
+    nothing = BlockPass({}, None, None)
     with pytest.raises(ValueError, match="chunks: got sequences of 4 tokens, need at least num_chunks 8"):
-        token_importance(model, 0, weights, torch.randn(1, 4, 64), ImportanceSpec("chunks"), torch.ones(1, 4))
+        token_importance(torch.randn(1, 4, 64), ImportanceSpec("chunks"), torch.ones(1, 4), nothing)
 
 
 def test_attention_without_probabilities_is_refused(block, monkeypatch):
@@ -90,8 +92,10 @@ def test_attention_without_probabilities_is_refused(block, monkeypatch):
     attention = model._blocks[0].self_attn
     real = type(attention).forward
     monkeypatch.setattr(type(attention), "forward", lambda *args, **kwargs: (real(*args, **kwargs)[0], None))
-    with pytest.raises(ValueError, match="importance: got no attention probabilities from LlamaAttention"):
-        model.attention_received(0, weights, torch.randn(1, 4, 64))
+    hidden = torch.randn(1, 4, 64)
+    passed = model.inputs_of(0, weights, hidden, [], stop=False)
+    with pytest.raises(ValueError, match="importance: got no attention probabilities from the model's attention"):
+        token_importance(hidden, ImportanceSpec("attention"), torch.ones(1, 4), passed)
 
 
 @pytest.mark.parametrize(("make", "window"), [(tiny_llama, None), (tiny_mistral, 4)])
@@ -100,9 +104,7 @@ def test_attention_received_is_the_column_sum_under_the_layers_mask(make, window
     blocks = BlockModel(save_dense(tmp_path, model))
     weights = {name: t.float() for name, t in model.model.layers[0].state_dict().items()}
     hidden = torch.randn(3, 11, 64)
-    before = blocks.run(0, weights, hidden)
-    got = blocks.attention_received(0, weights, hidden)
-    assert torch.equal(blocks.run(0, weights, hidden), before)  # back to the fast attention
+    got = blocks.inputs_of(0, weights, hidden, [], stop=False).received
 
     normed = torch.nn.functional.rms_norm(hidden, (64,), weights["input_layernorm.weight"], model.config.rms_norm_eps)
     q, k = ((normed @ weights[f"self_attn.{n}_proj.weight"].T).unflatten(-1, (-1, 16)).transpose(1, 2) for n in "qk")

@@ -8,6 +8,7 @@ from rosaq.rotation import (
     BlockRotations,
     fold_norms,
     inverse_transpose,
+    leading_axes,
     pca_random_tail,
     principal_axes,
     random_orthogonal,
@@ -48,6 +49,24 @@ def test_principal_axes_diagonalise_in_descending_order():
     assert_tight(axes.T @ axes, eye(24))
     assert_tight(axes.T @ gram @ axes / values[0], torch.diag(values) / values[0])
     assert bool((values[:-1] >= values[1:]).all())
+
+
+@pytest.mark.parametrize("k", [40, 300])  # from all axes, and from a Krylov space
+def test_leading_axes_are_the_first_principal_ones(k):
+    values = torch.cat([torch.tensor([90.0, 50.0, 20.0]), torch.linspace(2, 1, k - 3)]).double()
+    turn = torch.linalg.qr(torch.randn(k, k, generator=generator(), dtype=torch.float64))[0]
+    gram = turn * values @ turn.T
+    assert_same_function(leading_axes(gram, 3), principal_axes(gram)[1][:, :3])
+
+
+def test_leading_axes_of_a_flat_spectrum_are_orthonormal_and_hold_their_energy():
+    """No axis stands out; then of fewer directions than the Krylov space has."""
+    x = torch.randn(900, 400, generator=generator(), dtype=torch.float64)
+    for gram in (x.T @ x / 900, x[:20].T @ x[:20]):
+        axes = leading_axes(gram, 3)
+        assert_tight(axes.T @ axes, eye(3))
+        best = torch.linalg.eigvalsh(gram)[-3:].sum()
+        assert 0.98 * best < (axes.T @ gram @ axes).trace() <= best * (1 + 1e-9)
 
 
 def test_pca_random_tail_keeps_principal_axes_and_mixes_the_rest():

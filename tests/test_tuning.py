@@ -109,7 +109,7 @@ def setting(tmp_path_factory):
     drifted = clean + 0.1 * clean.roll(1, -1)
     made, weights_of = {}, dict(weights)
     for site in model.family.sites:
-        x = model.inputs_of(0, weights, clean, [site])[0][site.name].x.double()
+        x = model.inputs_of(0, weights, clean, [site]).inputs[site.name].x.double()
         for name in site.linears:
             made[name] = quantize_weight(weights[f"{name}.weight"], x.T @ x / len(x), spec, torch.arange(2))
     tokens = TuningTokens(drifted, model.run(0, weights_of, clean), torch.ones(24, 32))

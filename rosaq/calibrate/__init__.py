@@ -1,6 +1,6 @@
 """Activations of a model on calibration text, one block at a time, and their second moments."""
 
-from rosaq.calibrate.blocks import BlockModel, SiteInput
+from rosaq.calibrate.blocks import BlockModel, BlockPass, SiteInput
 from rosaq.calibrate.gram import Gram, Tokens
 from rosaq.calibrate.importance import importance_from_scores, importance_summary, token_importance
 from rosaq.calibrate.ranks import (
@@ -17,6 +17,7 @@ from rosaq.calibrate.sensitivity import BLOCK, output_sensitivity
 __all__ = [
     "BLOCK",
     "BlockModel",
+    "BlockPass",
     "Gram",
     "SiteInput",
     "Tokens",

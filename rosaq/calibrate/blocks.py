@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rosaq.calibrate.attention import ATTENTION, register_attention
 from rosaq.calibrate.buffers import compute_buffers
 from rosaq.devices import multiplies_bf16
 from rosaq.experts import Experts, replace_fused, routed
@@ -38,6 +38,17 @@ class SiteInput:
     def of_tokens(self, values: Tensor) -> Tensor:
         """The entries of values [all tokens of the batch] that belong to x."""
         return values if self.tokens is None else values[self.tokens]
+
+
+@dataclass(frozen=True)
+class BlockPass:
+    """What a forward pass through a block saw. inputs: {site name: its input}. output [batch, length, d]: of the block,
+    None where the pass ended before. received [batch, length]: attention that each token got, summed over heads and
+    queries; None where the pass ended before, or the architecture does not use transformers' attention interface."""
+
+    inputs: dict[str, SiteInput]
+    output: Tensor | None
+    received: Tensor | None
 
 
 class _Stop(Exception):
@@ -76,15 +87,18 @@ class BlockModel:
             raise ValueError(f"model: got {directory}, which is quantised already; need a 16 or 32-bit model")
         self.sizes = Sizes.of(self.config)
         self.family: Family = family.with_experts(self.sizes.num_experts)
+        register_attention()
         with torch.device("meta"):
-            self._model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation="sdpa")
+            self._model = AutoModelForCausalLM.from_config(
+                self.config, dtype=torch.float32, attn_implementation=ATTENTION
+            )
             replace_fused(self._model)
         self._model.eval()
         compute_buffers(self._model, self.device)
         self._blocks = list(self._model.get_submodule(self.family.blocks))
         self._check_blocks()
         self.is_bf16 = False  # whether matrix products are in bfloat16
-        self._kwargs: dict[tuple[torch.Size, str], list[dict[str, Any]]] = {}
+        self._kwargs: dict[torch.Size, list[dict[str, Any]]] = {}
 
     def _check_blocks(self) -> None:
         """ValueError unless every block has the linears of the table, and no other."""
@@ -109,13 +123,6 @@ class BlockModel:
     def products(self) -> torch.autocast:
         """The context that this model's matrix products run in."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bf16)
-
-    def _attention(self) -> contextlib.AbstractContextManager[None]:
-        """The context that attention runs in. Where gradients come back on a GPU, the plain kernels: the fast ones add
-        gradients up in the order in which threads finish, and a run that is resumed would end with other bits."""
-        if self.device.type == "cuda" and torch.is_grad_enabled():
-            return sdpa_kernel(SDPBackend.MATH)
-        return contextlib.nullcontext()
 
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
         """{path inside a block: (in_features, out_features)} of every linear of the family's table."""
@@ -154,7 +161,7 @@ class BlockModel:
     def forward(self, index: int, tensors: Tensors, hidden: Tensor) -> Tensor:
         """Block `index` with the given weights: hidden [batch, length, hidden] -> the same shape, differentiable."""
         kwargs = self._call_arguments(hidden)[index]
-        with self.products(), self._attention():
+        with self.products():
             out = functional_call(self._blocks[index], tensors, (hidden,), kwargs, strict=True)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
@@ -173,11 +180,11 @@ class BlockModel:
         *,
         stop: bool = True,
         route_all: bool = False,
-    ) -> tuple[dict[str, SiteInput], Tensor | None]:
-        """({site name: its input}, the block's output, or None with `stop`: the forward pass then ends at the last
-        wanted site). Sites of experts that no token was routed to are left out; with `route_all` those of all experts
-        get every token, as if the router had sent it."""
+    ) -> BlockPass:
+        """A pass through block `index`; with `stop` it ends at the last wanted site. Sites of experts that no token was
+        routed to are left out; with `route_all` those of all experts get every token, as if the router had sent it."""
         found: dict[str, SiteInput] = {}
+        received: list[Tensor] = []
         routing: dict[str, Tensor | None] = {}
         wanted = list(sites)
         routed_sites = [site for site in wanted if site.expert is not None]
@@ -204,18 +211,29 @@ class BlockModel:
             if stop and not any(site in hooked for site in routed_sites):
                 raise _Stop
 
+        def attended(_module: nn.Module, _args: tuple[Any, ...], out: Any) -> None:
+            if isinstance(out, tuple) and isinstance(out[1], Tensor) and out[1].shape == hidden.shape[:2]:
+                received.append(out[1])
+
         block = self._blocks[index]
         hooks = [block.get_submodule(site.linears[0]).register_forward_pre_hook(keep(site)) for site in hooked]
+        hooks.append(self._attention(index).register_forward_hook(attended))
         if routed_sites:
             mixture = next(module for module in block.modules() if isinstance(module, Experts))
             hooks.append(mixture.register_forward_pre_hook(route))
+        output = None
         try:
-            return found, self.run(index, tensors, hidden)
+            output = self.run(index, tensors, hidden)
         except _Stop:
-            return found, None
+            pass
         finally:
             for handle in hooks:
                 handle.remove()
+        return BlockPass(found, output, received[0] if received else None)
+
+    def _attention(self, index: int) -> nn.Module:
+        attention: nn.Module = self._blocks[index].get_submodule(self.family.value.rpartition(".")[0])
+        return attention
 
     def check_sites(self, tensors: Tensors, hidden: Tensor) -> None:
         """ValueError unless all linears of a site read one input: they are quantised by the second moments of what the
@@ -243,62 +261,41 @@ class BlockModel:
                     "need linears of one input in a site: this architecture does not fit its family's table"
                 )
 
-    def forward_with_outputs(self, index: int, tensors: Tensors, hidden: Tensor) -> tuple[Tensor, Tensors, Tensors]:
-        """(`forward`, {linear: its own output}, {linear of an expert: the batch's tokens that its rows are}), outputs
-        differentiable. The linears of an expert that no token was routed to are left out."""
+    def forward_with_outputs(
+        self, index: int, tensors: Tensors, hidden: Tensor
+    ) -> tuple[Tensor, Tensors, dict[str, SiteInput]]:
+        """(`forward`, {linear: its own output}, {site name: its input}), outputs differentiable. The linears of an
+        expert that no token was routed to are left out."""
         outputs: Tensors = {}
-        tokens: Tensors = {}
+        inputs: dict[str, SiteInput] = {}
+        routing: dict[str, Tensor] = {}
+        sites = {site.linears[0]: site.name for site in self.family.sites}
 
         def keep(name: str) -> Any:
-            def hook(_module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> None:
+            def hook(_module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
                 outputs[name] = out
+                if name in sites:
+                    inputs[sites[name]] = SiteInput(args[0].detach().flatten(0, -2), routing.get(sites[name]))
 
             return hook
 
         def route(_experts: nn.Module, args: tuple[Any, ...]) -> None:
             for site in self.family.sites:
                 if site.expert is not None:
-                    tokens.update(dict.fromkeys(site.linears, routed(args[1], site.expert)[0]))
+                    routing[site.name] = routed(args[1], site.expert)[0]
 
         block = self._blocks[index]
         hooks = [block.get_submodule(name).register_forward_hook(keep(name)) for name in self.family.linears]
         hooks += [m.register_forward_pre_hook(route) for m in block.modules() if isinstance(m, Experts)]
         try:
-            return self.forward(index, tensors, hidden), outputs, tokens
+            return self.forward(index, tensors, hidden), outputs, inputs
         finally:
             for handle in hooks:
                 handle.remove()
 
-    def attention_received(self, index: int, tensors: Tensors, hidden: Tensor) -> Tensor:
-        """Attention that each token of hidden [batch, length, d] gets in block `index`, summed over heads and
-        queries, under the layer's own mask: [batch, length]. One sequence at a time: a map takes heads x length²."""
-        attention = self._blocks[index].get_submodule(self.family.value.rpartition(".")[0])
-        received: list[Tensor] = []
-
-        def keep(_module: nn.Module, _args: tuple[Any, ...], out: tuple[Tensor, Tensor | None]) -> None:
-            if out[1] is None:
-                raise ValueError(
-                    f"importance: got no attention probabilities from {type(attention).__name__}, need an architecture "
-                    "with eager attention, or another importance than 'attention'"
-                )
-            received.append(out[1].sum(dim=(1, 2)))  # [1, heads, queries, keys]
-            raise _Stop
-
-        handle = attention.register_forward_hook(keep)
-        self._model.set_attn_implementation("eager")  # the only one that gives its probabilities out
-        try:
-            for sequence in hidden.split(1):
-                with contextlib.suppress(_Stop):
-                    self.run(index, tensors, sequence)
-        finally:
-            handle.remove()
-            self._model.set_attn_implementation("sdpa")
-        return torch.cat(received)
-
     def _call_arguments(self, hidden: Tensor) -> list[dict[str, Any]]:
         """What the model passes to each block (mask, positions) for a batch of this shape."""
-        key = (hidden.shape, str(self._model.config._attn_implementation))  # eager attention wants its mask spelt out
-        if key not in self._kwargs:
+        if hidden.shape not in self._kwargs:
             recorders = [_Recorder(block, block is self._blocks[-1]) for block in self._blocks]
             parent_path, _, name = self.family.blocks.rpartition(".")
             parent = self._model.get_submodule(parent_path)
@@ -309,8 +306,8 @@ class BlockModel:
             finally:
                 setattr(parent, name, nn.ModuleList(self._blocks))
             self._check_embedding(hidden, recorders[0].hidden)
-            self._kwargs[key] = [recorder.kwargs for recorder in recorders]
-        return self._kwargs[key]
+            self._kwargs[hidden.shape] = [recorder.kwargs for recorder in recorders]
+        return self._kwargs[hidden.shape]
 
     def _check_embedding(self, given: Tensor, seen: Tensor | None) -> None:
         """ValueError if the model does to the embeddings what this class does not: every stream would be wrong."""

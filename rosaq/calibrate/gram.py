@@ -83,6 +83,12 @@ class Gram:
         self._weight = float(sum_over_ranks(torch.tensor(self._weight, dtype=torch.float64)))
         return self
 
+    def without(self, other: Gram) -> Gram:
+        """The gram of this one's tokens but those of `other`, which are some of them."""
+        rest = Gram(len(self._sum), self._sum.device)
+        rest._sum, rest._weight = self._sum - other._sum, self._weight - other._weight
+        return rest
+
     @property
     def has_tokens(self) -> bool:
         """True once a token of positive importance was added."""

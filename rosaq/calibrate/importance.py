@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rosaq.calibrate.blocks import BlockModel
+from rosaq.calibrate.blocks import BlockPass
 from rosaq.calibrate.ranks import gather
 from rosaq.specs import ImportanceSpec
 
@@ -44,23 +44,28 @@ def chunk_importance(batch: int, length: int, spec: ImportanceSpec) -> Tensor:
     return (chosen / chosen.mean()).expand(batch, length)
 
 
-def token_importance(
-    model: BlockModel, index: int, weights: dict[str, Tensor], hidden: Tensor, spec: ImportanceSpec, counts: Tensor
-) -> Tensor | None:
-    """Importance [batch * length] of the tokens hidden [batch, length, d] that enter block `index`; None: all equal.
+def token_importance(hidden: Tensor, spec: ImportanceSpec, counts: Tensor, passed: BlockPass) -> Tensor | None:
+    """Importance [batch * length] of the tokens hidden [batch, length, d] that enter a block; None: all equal.
 
-    counts [batch, length]: how often each token occurs in the calibration text.
+    counts [batch, length]: how often each token occurs in the calibration text. passed: the tokens' way through the
+    block, to its end where `spec.needs_pass`. ValueError where the architecture does not tell who attended to whom.
     """
     if spec.strategy == "uniform":
         return None
     if spec.strategy == "chunks":
         return chunk_importance(hidden.shape[0], hidden.shape[1], spec).flatten().to(hidden.device)
     if spec.strategy == "attention":
-        scores = model.attention_received(index, weights, hidden)
+        if passed.received is None:
+            raise ValueError(
+                "importance: got no attention probabilities from the model's attention, need an architecture that uses "
+                "transformers' attention interface, or another importance than 'attention'"
+            )
+        scores = passed.received
     elif spec.strategy == "norm":
         scores = hidden.norm(dim=-1)
     elif spec.strategy == "change":
-        scores = -(model.run(index, weights, hidden) - hidden).norm(dim=-1)
+        assert passed.output is not None
+        scores = -(passed.output - hidden).norm(dim=-1)
     elif spec.strategy == "distance":
         scores = distance_scores(hidden)
     else:

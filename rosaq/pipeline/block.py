@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import BlockModel, importance_summary, token_importance
+from rosaq.calibrate import BlockModel, importance_summary
 from rosaq.config import LinearFormat
 from rosaq.layout import dense_weight
 from rosaq.models import Family, Site
@@ -92,26 +92,21 @@ def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
     model, recipe, weights = task.model, task.recipe, task.weights
     fmts = formats(recipe, model, task.rotations, task.choices)
     current = online(weights, model.family, task.rotations)
-    # once per block, before any of its linears is quantised
-    importance = [
-        token_importance(model, task.index, current, hidden, recipe.importance, counts)
-        for hidden, counts in zip(streams.moments, streams.counts, strict=True)
-    ]
-    moments = SiteMoments(model, task.index, task.rotations, recipe.importance)
+    moments = SiteMoments(model, task.index, task.rotations, recipe.importance, streams.counts)
     outputs, made, loss = list[Tensor](), dict[str, Tensors](), None
     if recipe.moments == "dense":
-        outputs = moments.measure(current, streams.moments, importance, model.family.sites, to_the_end=True)
+        outputs = moments.measure(current, streams.moments, model.family.sites, to_the_end=True)
     for _, stage in groupby(model.family.sites, key=lambda site: site.stage):
         sites = list(stage)
         if streams.moments and sites[0].name not in moments.grams:
-            moments.measure(current, streams.moments, importance, sites)
+            moments.measure(current, streams.moments, sites)
         for site in sites:
             made |= _quantize_site(site, task, moments.grams.get(site.name))
         for linear in (linear for site in sites for linear in site.linears):
             current[f"{linear}.weight"] = dense_weight(made[linear], fmts[linear])
     gains: Tensors = {}
     if recipe.tune.steps:
-        made, gains, loss = _tune(task, streams.quantised, outputs, importance, made, fmts)
+        made, gains, loss = _tune(task, streams.quantised, outputs, moments.importance, made, fmts)
     grams = moments.grams
     reports = [
         _report(task, site, linear, grams.get(site.name), made[linear])
@@ -121,7 +116,7 @@ def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
     stored = {f"{linear}.{name}": tensor for linear, tensors in made.items() for name, tensor in tensors.items()}
     biases = {f"{linear}.bias" for linear in made} & weights.keys()
     stored |= {name: _stored_bias(weights[name], task.name + name) for name in sorted(biases)}
-    summary = importance_summary(importance)
+    summary = importance_summary(moments.importance)
     return BlockResult(stored | gains, reports, loss, outputs, summary, moments.expert_tokens())
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rosaq.config import LinearFormat
 from rosaq.models import Family
+from rosaq.quantizers import damping_term
 from rosaq.specs import BudgetSpec, QuantSpec, Recipe
 
 
@@ -147,7 +148,7 @@ def spectrum_of(gram: Tensor, most: int, damping: float, order: Tensor | None) -
     k, energy = len(gram), float(torch.diagonal(gram).sum())
     if order is None:
         values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
-        logs = torch.log(values + damping * values[most:].mean())
+        logs = torch.log(values + damping_term(values[most:].mean(), damping))
         rest = logs.sum() - torch.cat([logs.new_zeros(1), torch.cumsum(logs[:most], 0)])
         return values[:most].cpu(), rest.cpu(), energy
     is_kept = torch.zeros(k, dtype=torch.bool, device=gram.device)
@@ -155,7 +156,7 @@ def spectrum_of(gram: Tensor, most: int, damping: float, order: Tensor | None) -
     bulk = torch.nonzero(~is_kept).flatten()
     arranged = torch.cat([bulk, order.flip(0)])  # whoever is kept first stands last, so each K is a leading part
     damped = gram[arranged][:, arranged].clone()
-    torch.diagonal(damped).add_(damping * torch.diagonal(gram)[bulk].mean())
+    torch.diagonal(damped).add_(damping_term(torch.diagonal(gram)[bulk].mean(), damping))
     logs = 2 * torch.log(torch.diagonal(torch.linalg.cholesky(damped)))
     sums = torch.cumsum(logs, 0)
     rest = torch.stack([sums[k - count - 1] for count in range(most + 1)])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import BlockModel, Gram, SiteInput, Tokens, is_first_rank, sum_over_ranks
+from rosaq.calibrate import BlockModel, Gram, SiteInput, Tokens, is_first_rank, sum_over_ranks, token_importance
 from rosaq.models import Site
 from rosaq.rotation import BlockRotations, rotate_blocks
 from rosaq.specs import ImportanceSpec
@@ -19,15 +19,20 @@ _NAMED = 8  # experts that a warning lists
 
 class SiteMoments:
     """`grams`: {site name: second moments [k, k] of its input in the online basis}, for the sites measured so far.
+    `importance`: of the tokens, one per batch; made in the first pass, before any of the block's linears is quantised.
+    counts: how often each token occurs in the calibration text, batches [batch, length].
 
     An expert's are those of the tokens routed to it. One that no token of positive importance reached is measured on
     every token of the block instead, as if the router had sent them; that, and experts with fewer tokens than input
     channels, whose second moments are singular before damping, are told in a warning.
     """
 
-    def __init__(self, model: BlockModel, index: int, rotations: BlockRotations, importance: ImportanceSpec) -> None:
+    def __init__(
+        self, model: BlockModel, index: int, rotations: BlockRotations, spec: ImportanceSpec, counts: list[Tensor]
+    ) -> None:
         self._model, self._index, self._rotations = model, index, rotations
-        self._listening = importance.sites
+        self._spec, self._token_counts = spec, counts
+        self.importance: list[Tensor | None] = []
         self._counts: dict[str, int] = {}
         self.grams: dict[str, Tensor] = {}
 
@@ -35,17 +40,16 @@ class SiteMoments:
         self,
         weights: Tensors,
         stream: list[Tensor],
-        importance: list[Tensor | None],
         sites: Sequence[Site],
         *,
         to_the_end: bool = False,
     ) -> list[Tensor]:
         """Measure `sites` in one pass of the block with `weights` over `stream`; with `to_the_end` the pass goes on
         after the last of them and the block's outputs are returned, else nothing is."""
-        grams, outputs = self._pass(weights, stream, importance, sites, stop=not to_the_end)
+        grams, outputs = self._pass(weights, stream, sites, stop=not to_the_end)
         unseen = [site for site in sites if not grams[site.name].has_tokens]
         if unseen and all(site.expert is not None for site in unseen):
-            grams |= self._pass(weights, stream, importance, unseen, route_all=True)[0]
+            grams |= self._pass(weights, stream, unseen, route_all=True)[0]
         for site in sites:  # one at a time: sums and means of all experts together would be twice the memory
             self.grams[site.name] = grams.pop(site.name).mean()
         self._warn(sites, unseen)
@@ -60,7 +64,6 @@ class SiteMoments:
         self,
         weights: Tensors,
         stream: list[Tensor],
-        importance: list[Tensor | None],
         sites: Sequence[Site],
         *,
         stop: bool = True,
@@ -69,16 +72,21 @@ class SiteMoments:
         first = {site.name: weights[f"{site.linears[0]}.weight"] for site in sites}
         grams = {name: Gram(weight.shape[1], weight.device) for name, weight in first.items()}
         outputs: list[Tensor] = []
-        for hidden, weight in zip(stream, importance, strict=True):
-            found, out = self._model.inputs_of(self._index, weights, hidden, sites, stop=stop, route_all=route_all)
+        for i, hidden in enumerate(stream):
+            is_first = i == len(self.importance)
+            ends = stop and not (is_first and self._spec.needs_pass)
+            passed = self._model.inputs_of(self._index, weights, hidden, sites, stop=ends, route_all=route_all)
+            if is_first:
+                self.importance.append(token_importance(hidden, self._spec, self._token_counts[i], passed))
             if not stop:
-                assert out is not None
-                outputs.append(out)
+                assert passed.output is not None
+                outputs.append(passed.output)
             for site in sites:
-                if site.name in found:
+                if site.name in passed.inputs:
+                    given = passed.inputs[site.name]
                     if not route_all:
-                        self._counts[site.name] = self._counts.get(site.name, 0) + len(found[site.name].x)
-                    self._add(grams[site.name], site, found[site.name], weight)
+                        self._counts[site.name] = self._counts.get(site.name, 0) + len(given.x)
+                    self._add(grams[site.name], site, given, self.importance[i])
         if not route_all:
             self._sum_counts([site for site in sites if site.expert is not None])
         return {name: gram.sum_over_ranks() for name, gram in grams.items()}, outputs
@@ -93,7 +101,7 @@ class SiteMoments:
         x = given.x
         if site.name in self._rotations.online:
             x = rotate_blocks(x.float(), self._rotations.online[site.name])  # else rounded again, once mixed
-        listens = weight is not None and (not self._listening or site.stage in self._listening)
+        listens = weight is not None and (not self._spec.sites or site.stage in self._spec.sites)
         try:
             gram.add_tokens(Tokens(x, given.of_tokens(weight) if listens and weight is not None else None))
         except ValueError as error:

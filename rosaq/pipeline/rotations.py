@@ -161,30 +161,32 @@ def _measure(
     wanted = [site for site in family.sites_reading("residual") if not site.expert]
     if recipe.rotation.values == "pca":
         wanted += family.sites_reading("values")
-    residual, calm, values = Gram(sizes.hidden, model.device), Gram(sizes.hidden, model.device), []
+    residual, sinks, values = Gram(sizes.hidden, model.device), Gram(sizes.hidden, model.device), []
     num_sinks, num_tokens = 0, 0
     for index in range(sizes.num_blocks):
         weights = fold_norms(model.block(index), family)
         heads = [Gram(sizes.head_dim, model.device) for _ in range(sizes.num_kv_heads)]
         for i, hidden in enumerate(stream):
-            importance = token_importance(model.passes, index, weights, hidden, recipe.importance, counts[i])
-            is_calm = ~is_sink(hidden).flatten()
-            num_sinks, num_tokens = num_sinks + int((~is_calm).sum()), num_tokens + len(is_calm)
-            inputs, out = model.passes.inputs_of(index, weights, hidden, wanted, stop=False, route_all=True)
-            assert out is not None
-            stream[i] = out
+            loud = is_sink(hidden).flatten().nonzero().flatten()
+            num_sinks, num_tokens = num_sinks + len(loud), num_tokens + hidden[..., 0].numel()
+            passed = model.passes.inputs_of(index, weights, hidden, wanted, stop=False, route_all=True)
+            importance = token_importance(hidden, recipe.importance, counts[i], passed)
+            assert passed.output is not None
+            stream[i] = passed.output
             for site in wanted:
-                x = inputs[site.name].x
+                x = passed.inputs[site.name].x
                 if site.reads == "residual":
-                    residual.add_tokens(Tokens(x, importance))
-                    calm.add_tokens(Tokens(x, importance).reordered(is_calm.nonzero().flatten()))
+                    tokens = Tokens(x, importance)
+                    residual.add_tokens(tokens)
+                    sinks.add_tokens(tokens.reordered(loud))
                 else:
                     _add_heads(heads, x, sizes.head_dim)
         if recipe.rotation.values == "pca":
             values.append(torch.stack([gram.sum_over_ranks().mean() for gram in heads]))
         release_freed_memory()
         progress(index)
-    residual, calm = residual.sum_over_ranks(), calm.sum_over_ranks()
+    residual, sinks = residual.sum_over_ranks(), sinks.sum_over_ranks()
+    calm = residual.without(sinks)
     sink_share = mean_over_ranks(num_sinks / num_tokens)
     return _Grams(residual.mean(), calm.mean() if calm.has_tokens else None, sink_share, values)
 

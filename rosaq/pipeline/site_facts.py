@@ -1,4 +1,5 @@
-"""Measure what `budget` needs to know of every site: one pass over a few sequences of the dense, rotated model."""
+"""Measure what `budget` needs to know of every site: one sweep of a few sequences through the dense, rotated model and
+back."""
 
 from __future__ import annotations
 
@@ -42,30 +43,25 @@ def measure_sites(
     def running(index: int) -> Tensors:
         return online(rotated(index), model.family, rotations.of_block(index))
 
-    squares = output_sensitivity(model, running, *final, hidden, torch.Generator().manual_seed(seed))
     facts: list[dict[str, SiteFacts]] = []
-    for index in range(model.sizes.num_blocks):
-        weights = rotated(index)
-        inputs, out = model.inputs_of(index, running(index), hidden, model.family.sites, stop=False)
-        assert out is not None
-        found = {}
+    for found in output_sensitivity(model, running, *final, hidden, torch.Generator().manual_seed(seed)):
+        weights, of_block = rotated(found.index), {}
         for stage, group in groupby(model.family.sites, key=lambda site: site.stage):
             sites, total = list(group), 0.0
             first = weights[f"{sites[0].linears[0]}.weight"]
             gram = Gram(first.shape[1], first.device)
             for site in sites:
                 # errors of variance 1 in all outputs cost |g|²
-                cost = torch.stack([squares[index][name] for name in site.linears]).sum(0).flatten()
+                cost = torch.stack([found.squares[name] for name in site.linears]).sum(0).flatten()
                 total += float(cost.double().sum())
-                if site.name in inputs:  # else no token was routed to this expert
-                    x, turned = inputs[site.name].x, rotations.online.get(site.name)
-                    x = x if turned is None else rotate_blocks(x.float(), turned)
-                    gram.add_tokens(Tokens(x, inputs[site.name].of_tokens(cost)))
+                if site.name in found.inputs:  # else no token was routed to this expert
+                    given, turned = found.inputs[site.name], rotations.online.get(site.name)
+                    x = given.x if turned is None else rotate_blocks(given.x.float(), turned)
+                    gram.add_tokens(Tokens(x, given.of_tokens(cost)))
             sensitivity = total / hidden[..., 0].numel()
-            found[stage] = _facts(sites, model, recipe, rotations, index, weights, gram.mean(), sensitivity)
-        facts.append(found)
-        hidden = out
-    return facts
+            of_block[stage] = _facts(sites, model, recipe, rotations, found.index, weights, gram.mean(), sensitivity)
+        facts.append(of_block)
+    return facts[::-1]
 
 
 def _facts(

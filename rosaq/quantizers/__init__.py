@@ -1,6 +1,6 @@
 """Weights to codes: pure functions of tensors that know no model."""
 
-from rosaq.quantizers.gptq import NotPositiveDefiniteError, gptq
+from rosaq.quantizers.gptq import NotPositiveDefiniteError, damping_term, gptq
 from rosaq.quantizers.grid import Grid, fit_grid
 from rosaq.quantizers.quantize import quantize_in_axes, quantize_weight, quantize_with_basis
 from rosaq.quantizers.rtn import rtn
@@ -9,6 +9,7 @@ from rosaq.quantizers.salient import energy_index
 __all__ = [
     "Grid",
     "NotPositiveDefiniteError",
+    "damping_term",
     "energy_index",
     "fit_grid",
     "gptq",

@@ -12,7 +12,7 @@ from rosaq.quantizers.grid import Grid
 from rosaq.quantizers.refine import refine
 from rosaq.quantizers.rtn import rtn
 from rosaq.quantizers.salient import salient_mask
-from rosaq.rotation import inverse_transpose, principal_axes
+from rosaq.rotation import inverse_transpose, leading_axes, principal_axes
 from rosaq.specs import QuantSpec
 
 
@@ -65,7 +65,7 @@ def quantize_with_basis(weight: Tensor, gram: Tensor, spec: QuantSpec, count: in
     """
     _check_gram(gram, weight.shape[1])
     gram = gram.double()
-    basis = principal_axes(gram)[1][:, :count].to(torch.float16)
+    basis = leading_axes(gram, count).to(torch.float16)
     wide = basis.double()
     tensors = quantize_weight(weight, _without(gram, wide), spec)
     w_hat = dequantize(tensors["qweight"], tensors["scales"], tensors.get("zeros"), spec.bits)

@@ -4,6 +4,7 @@ from rosaq.rotation.fuse import BlockRotations, fold_norms, rotate_block, rotate
 from rosaq.rotation.hadamard import hadamard, has_hadamard
 from rosaq.rotation.orthogonal import (
     inverse_transpose,
+    leading_axes,
     pca_random_tail,
     principal_axes,
     random_orthogonal,
@@ -17,6 +18,7 @@ __all__ = [
     "hadamard",
     "has_hadamard",
     "inverse_transpose",
+    "leading_axes",
     "pca_random_tail",
     "principal_axes",
     "random_orthogonal",

@@ -8,6 +8,7 @@ from torch import Tensor
 from rosaq.rotation.hadamard import hadamard, has_hadamard
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128
+_KRYLOV_STEPS, _SPARE_AXES = 12, 4
 _BLOCK_BUDGET = 0.05  # bits per weight; at 0.074 a block of 64 gained nothing over one of 32 (576 x 1536)
 
 
@@ -32,9 +33,34 @@ def principal_axes(gram: Tensor) -> tuple[Tensor, Tensor]:
     The sign of every axis is fixed (its largest entry is positive), so the result does not depend on the LAPACK used.
     """
     values, axes = torch.linalg.eigh(gram)
-    values, axes = values.flip(0), axes.flip(1)
+    return values.flip(0), _signed(axes.flip(1))
+
+
+def leading_axes(gram: Tensor, count: int) -> Tensor:
+    """The first `count` principal axes of second moments [k, k] float64, as orthonormal columns [k, count].
+
+    From a Krylov space where that is much smaller than gram: for 2 of 1536 axes a sixteenth of the time. Axes that
+    stand out are exact to many digits; where eigenvalues are nearly equal it is some basis that holds within a per cent
+    as much energy.
+    """
+    k, block = len(gram), count + _SPARE_AXES
+    if _KRYLOV_STEPS * block * 3 >= k:
+        return principal_axes(gram)[1][:, :count]
+    new = torch.randn(k, block, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(gram.device)
+    space = new[:, :0]
+    for _ in range(_KRYLOV_STEPS):
+        space = torch.cat([space, torch.linalg.qr(new)[0]], 1)
+        new = gram @ space[:, -block:]
+        for _ in range(2):  # once leaves what was rounded
+            new = new - space @ (space.T @ new)
+    space = torch.linalg.qr(space)[0]  # orthonormal even where gram has fewer directions than the space
+    inside = torch.linalg.eigh(space.T @ gram @ space)[1].flip(1)
+    return _signed(space @ inside[:, :count])
+
+
+def _signed(axes: Tensor) -> Tensor:
     largest = axes.abs().argmax(0)
-    return values, axes.mul_(torch.sign(axes[largest, torch.arange(axes.shape[1], device=axes.device)]))
+    return axes * torch.sign(axes[largest, torch.arange(axes.shape[1], device=axes.device)])
 
 
 def pca_random_tail(gram: Tensor, num_principal: int, generator: torch.Generator) -> Tensor:
