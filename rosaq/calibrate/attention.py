@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION = "rosaq_calibration"  # its name in transformers
 # Queries of a block, and scores that exist at once. On a CPU they stay in its caches; a GPU wants few large products.
 _ROWS = {"cpu": 128, "cuda": 1024}
-_SCORES = {"cpu": 1 << 19, "cuda": 1 << 28}
+_SCORES = {"cpu": 1 << 19, "cuda": 1 << 27}
 
 
 def register_attention() -> None:
@@ -65,6 +65,7 @@ class _Attention(torch.autograd.Function):
         received = torch.zeros(batch * kv_heads, length, device=q.device)
         rows = _ROWS[q.device.type]
         at_once = max(1, _SCORES[q.device.type] // (shared * min(rows, length) * length))
+        at_once = min(at_once, kv_heads) if q.device.type == "cpu" else at_once  # memory for one sequence's
         blocked = _blocked(mask, length, q.device)
         kept = []
         with torch.autocast(q.device.type, enabled=False):
