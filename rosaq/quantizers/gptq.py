@@ -122,7 +122,7 @@ def gptq(w: Tensor, gram: Tensor, spec: QuantSpec, group_size: int, salient: Ten
 
     work = w[:, order].contiguous()
     grid = empty_grid(n, k // group_size, spec, w.device)
-    codes = torch.empty(n, k, device=w.device)
+    codes = torch.empty(k, n, device=w.device)  # columns are written one by one
     numbers = bulk.tolist()  # read once: asking a GPU for one per column would wait for it every time
     for panel in _panels(bulk // group_size):
         columns = work[:, panel.start : panel.stop].T.contiguous()
@@ -141,10 +141,10 @@ def gptq(w: Tensor, gram: Tensor, spec: QuantSpec, group_size: int, salient: Ten
                 step = Grid(grid.scale[:, group], grid.zero[:, group])
             column = columns[j - panel.start]
             code = to_codes(column, step, spec.bits)
-            codes[:, numbers[j]] = code
+            codes[numbers[j]] = code
             error = (column - from_codes(code, step)) / factor[j, j]
             errors[j - panel.start] = error
             columns[j - panel.start + 1 :].addr_(factor[j, j + 1 : panel.stop], error, alpha=-1)
         work[:, panel.stop :].addmm_(errors.T, factor[panel.start : panel.stop, panel.stop :], alpha=-1)
-    codes[:, kept] = grid.zero[:, kept // group_size]
-    return codes, grid, work[:, len(bulk) :]
+    codes[kept] = grid.zero[:, kept // group_size].T
+    return codes.T.contiguous(), grid, work[:, len(bulk) :]

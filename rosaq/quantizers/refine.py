@@ -97,20 +97,20 @@ def sweep_codes(
     w: Tensor, gram: Tensor, codes: Tensor, grid: Grid, salient_weight: Tensor, salient: Tensor, bits: int
 ) -> Tensor:
     """One pass of coordinate descent: every bulk code becomes the best one given all others. Returns new codes."""
-    n, k = w.shape
-    wide, narrow = _widened(grid, k), gram.float()
-    codes = codes.clone()
-    w_hat = from_codes(codes, wide)
+    narrow, group_size = gram.float(), w.shape[1] // grid.scale.shape[1]
+    w_hat = from_codes(codes, _widened(grid, w.shape[1]))
     w_hat[:, salient] = salient_weight
-    slope = (w_hat - w) @ narrow  # half the gradient of the loss, [n, k]
+    slope = narrow @ (w_hat - w).T  # half the gradient of the loss, [k, n] as all below: columns are read one by one
+    w_hat, codes, scale, zero = (tensor.T.contiguous() for tensor in (w_hat, codes, *grid))
+    diagonal = torch.diagonal(narrow).tolist()
     for columns in torch.nonzero(~salient).flatten().split(_PANEL):
-        panel, moved = slope[:, columns].T.contiguous(), torch.empty(len(columns), n, device=w.device)
+        panel, moved = slope[columns], torch.empty(len(columns), len(w), device=w.device)
         inside = narrow[columns][:, columns]
         for i, j in enumerate(columns.tolist()):
-            step = Grid(wide.scale[:, j], wide.zero[:, j])
-            best = to_codes(w_hat[:, j] - panel[i] / narrow[j, j], step, bits)
-            moved[i] = (best - codes[:, j]) * step.scale
-            codes[:, j] = best
+            step = Grid(scale[j // group_size], zero[j // group_size])
+            best = to_codes(torch.add(w_hat[j], panel[i], alpha=-1 / diagonal[j]), step, bits)
+            moved[i] = (best - codes[j]) * step.scale
+            codes[j] = best
             panel[i + 1 :].addr_(inside[i, i + 1 :], moved[i])
-        slope.addmm_(moved.T, narrow[columns])
-    return codes
+        slope.addmm_(narrow[columns].T, moved)
+    return codes.T.contiguous()
