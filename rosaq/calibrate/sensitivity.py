@@ -62,10 +62,12 @@ def _of_predictions(
     for part in hidden.flatten(0, 1).split(_TOKENS_AT_ONCE):
         leaf = part.clone().requires_grad_()
         normed = model.final_norm(leaf, gain)
-        probabilities = (normed.detach() @ head.T).softmax(-1)
+        with model.products():
+            probabilities = (normed.detach() @ head.T).float().softmax(-1)
+            expected = (probabilities @ head).float()
         # drawn on the CPU: a seed means the same labels on every device
         labels = torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(head.device)
-        found.append(torch.autograd.grad(normed, leaf, head[labels] - probabilities @ head)[0])
+        found.append(torch.autograd.grad(normed, leaf, head[labels] - expected)[0])
     return torch.cat(found).view_as(hidden)
 
 
