@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION = "rosaq_calibration"  # its name in transformers
 # Queries of a block, and scores that exist at once. On a CPU they stay in its caches; a GPU wants few large products.
 _ROWS = {"cpu": 128, "cuda": 1024}
-_SCORES = {"cpu": 1 << 19, "cuda": 1 << 27}
+_SCORES = {"cpu": 1 << 20, "cuda": 1 << 27}
 
 
 def register_attention() -> None:
