@@ -6,7 +6,7 @@ adds gradients up in the same order every time, and knows how much attention eve
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "rosaq_calibration"  # its name in transformers
-# Queries of a block, and scores that exist at once. On a CPU they stay in its caches; a GPU wants few large products.
-_ROWS = {"cpu": 128, "cuda": 1024}
-_SCORES = {"cpu": 1 << 20, "cuda": 1 << 27}
+
+
+class Tiles(NamedTuple):
+    """rows: queries of a block. scores: that exist at once."""
+
+    rows: int
+    scores: int
+
+
+_ON_CPU = Tiles(128, 1 << 20)  # what stays in its caches
+_ON_GPU = Tiles(1024, 1 << 27)  # which wants few large products
 
 
 def register_attention() -> None:
@@ -63,10 +71,11 @@ class _Attention(torch.autograd.Function):
         k, v = key.reshape(batch * kv_heads, length, d), value.reshape(batch * kv_heads, length, -1)
         out = v.new_empty(*q.shape[:3], v.shape[2])
         received = torch.zeros(batch * kv_heads, length, device=q.device)
-        rows = _ROWS[q.device.type]
-        at_once = max(1, _SCORES[q.device.type] // (shared * min(rows, length) * length))
+        rows, most = _ON_CPU if q.device.type == "cpu" else _ON_GPU
+        rows = min(rows, length)
+        at_once = max(1, most // (shared * rows * length))
         at_once = min(at_once, kv_heads) if q.device.type == "cpu" else at_once  # memory for one sequence's
-        blocked = _blocked(mask, length, q.device)
+        blocked = _blocked(mask, rows, q.device)
         kept = []
         with torch.autocast(q.device.type, enabled=False):
             wide_q, wide_k = q.float(), k.float()
@@ -124,9 +133,8 @@ def _slices(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _blocked(mask: Tensor | None, length: int, device: torch.device) -> Tensor:
+def _blocked(mask: Tensor | None, rows: int, device: torch.device) -> Tensor:
     """What is added to scores: -inf where a query may not look. Without a mask, of a block on the diagonal."""
     if mask is not None:
         return torch.zeros(mask.shape, device=device).masked_fill_(~mask, -torch.inf)
-    rows = min(_ROWS[device.type], length)
     return torch.full((rows, rows), -torch.inf, device=device).triu_(1)
