@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from rosaq.calibrate import attention
+from tests.peak import PeakMemory
 from tests.tolerances import assert_as_good_as, assert_same_function
 
 LENGTH = 300  # two and a half blocks of queries
@@ -64,6 +65,18 @@ def test_it_tells_how_much_attention_a_token_got(window):
     want = scores.masked_fill(~allowed, -torch.inf).softmax(-1).sum((1, 2))
     assert_same_function(received, want)
     assert not received.requires_grad
+
+
+def test_without_a_way_back_no_probabilities_are_kept():
+    query, key, value, _ = drawn(torch.float32, batch=8)
+    with PeakMemory() as forward:
+        attention._attention(Module(), query, key, value, None)
+    leaf = query.clone().requires_grad_()
+    with PeakMemory() as back:
+        attention._attention(Module(), leaf, key, value, None)
+    kept = 8 * 6 * 4 * (128 * 128 + 128 * 256 + 44 * 300)  # what is left of them behind no query
+    assert forward.peak < back.peak - 0.9 * kept
+    assert forward.peak < 8 * query.nbytes
 
 
 def test_what_it_does_not_compute_is_refused():

@@ -59,7 +59,7 @@ def _attention(
 
 class _Attention(torch.autograd.Function):
     """Scores and softmax in float32; products with probabilities in the dtype of `value`, and all products of the way
-    back. What is kept for it are the probabilities."""
+    back. What is kept for it, where there is one, are the probabilities."""
 
     @staticmethod
     def forward(
@@ -76,7 +76,7 @@ class _Attention(torch.autograd.Function):
         at_once = max(1, most // (shared * rows * length))
         at_once = min(at_once, kv_heads) if q.device.type == "cpu" else at_once  # memory for one sequence's
         blocked = _blocked(mask, rows, q.device)
-        kept = []
+        goes_back, kept = any(ctx.needs_input_grad), list[Tensor]()
         with torch.autocast(q.device.type, enabled=False):
             wide_q, wide_k = q.float(), k.float()
             for part in _slices(len(q), at_once):
@@ -92,8 +92,8 @@ class _Attention(torch.autograd.Function):
                     received[part, :end] += probabilities.sum((1, 2))
                     narrow = probabilities.flatten(1, 2).to(v.dtype)
                     out[part, :, block] = (narrow @ v[part, :end]).unflatten(1, (shared, -1))
-                    kept.append(narrow)
-        if any(ctx.needs_input_grad):
+                    kept += [narrow] if goes_back else []
+        if goes_back:
             ctx.save_for_backward(q.to(v.dtype), k.to(v.dtype), v, out, *kept)
             ctx.plan = rows, at_once, scale, (query.dtype, key.dtype)
         received = received.view(batch, kv_heads, length).sum(1)

@@ -223,9 +223,8 @@ class BlockModel:
             hooks.append(mixture.register_forward_pre_hook(route))
         output = None
         try:
-            output = self.run(index, tensors, hidden)
-        except _Stop:
-            pass
+            with contextlib.suppress(_Stop):
+                output = self.run(index, tensors, hidden)
         finally:
             for handle in hooks:
                 handle.remove()
