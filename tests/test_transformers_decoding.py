@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 from rosaq import QuantSpec, RosaqLinear
-from rosaq.integrations.transformers_decoding import ATTENTION, attend, compiled_step, single_query
+from rosaq.integrations.transformers_decoding import ATTENTION, attend, compiled_step, dense_linear, single_query
 from tests.families import tiny_family
 from tests.tolerances import assert_as_good_as
 
@@ -45,6 +45,24 @@ def test_single_query_is_attention(dtype, kind, scaling):
     got = single_query(query, key, value, mask, scaling)
     plain = scaled_dot_product_attention(query, key, value, visible, scale=scaling, enable_gqa=True).transpose(1, 2)
     assert_as_good_as(got, plain, definition(query, key, value, visible, D**-0.5 if scaling is None else scaling))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_dense_linear_of_one_row_loses_no_more_than_torchs(dtype, bias):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((1, 1, 96), (40, 96)))
+    added = torch.randn(40, generator=generator).to(dtype) if bias else None
+    exact = nn.functional.linear(x.double(), weight.double(), None if added is None else added.double())
+    got = dense_linear(x, weight, added)
+    assert got.dtype == dtype
+    assert_as_good_as(got, nn.functional.linear(x, weight, added), exact)
+
+
+@pytest.mark.parametrize("x", [torch.ones(2, 96, dtype=torch.bfloat16), torch.ones(1, 96)], ids=["rows", "float32"])
+def test_a_dense_linear_is_torchs_otherwise(x):
+    weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(0)).to(x.dtype)
+    assert torch.equal(dense_linear(x, weight), nn.functional.linear(x, weight))
 
 
 def test_a_prompt_is_left_to_transformers():

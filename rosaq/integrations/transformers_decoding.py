@@ -15,6 +15,15 @@ import torch
 from torch import Tensor
 
 ATTENTION = "rosaq_single_query"  # the name that transformers knows it by
+# One C++ function calls a step's kernels, not Python; built apart from them it takes no longer to compile. Nobody asks
+# whether the compiler's own strides are right. The rotated query is stored before it meets the keys: the compiler would
+# compute its sine and cosine again for every position of the cache.
+_OPTIONS = {
+    "cpp_wrapper": True,
+    "cpp_wrapper_build_separate": True,
+    "size_asserts": False,
+    "realize_opcount_threshold": 10,  # of operations that are cheaper done again than stored; the compiler's is 30
+}
 _NOT_OURS = ("position_bias", "softcap", "s_aux", "cache")  # what some models' attention takes besides
 _IN_A_BLOCK = re.compile(r"_modules\['\d+'\]")  # in the name of what a guard looks at
 _steps: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()  # transformers compiles anew for another config
@@ -56,7 +65,11 @@ def _own_backend() -> Callable[[torch.fx.GraphModule, list[Any]], Callable[..., 
     another model of the class would be run with this one's formats."""
 
     def inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        compiled: Callable[..., Any] = torch._inductor.compile(graph, inputs)
+        for node in graph.graph.nodes:
+            if node.target is torch._C._nn.linear:
+                node.target = dense_linear
+        graph.recompile()
+        compiled: Callable[..., Any] = torch._inductor.compile(graph, inputs, options=_OPTIONS)
         return compiled
 
     return inductor
@@ -73,6 +86,17 @@ def attend(
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     return single_query(query, key, value, attention_mask, how.get("scaling")), None
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`; for one row x [.., 1, k] of 16 bits as plain operations, summed in float32.
+
+    torch's own reads a weight [n, k] of 16 bits (an output head, a router) at less than half of what memory gives.
+    """
+    if x.numel() != x.shape[-1] or x.dtype not in (torch.bfloat16, torch.float16):
+        return torch.nn.functional.linear(x, weight, bias)
+    y = (x.reshape(-1).float() * weight).sum(-1)
+    return (y if bias is None else y + bias).to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def single_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
