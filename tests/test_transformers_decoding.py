@@ -123,6 +123,21 @@ def logits_of(model, **how):
     return torch.cat(model.generate(PROMPT, **LENGTH_OF_IT, return_dict_in_generate=True, **how).logits)
 
 
+def products_of_torch(call):
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        call()
+    return sum(event.name in ("aten::linear", "aten::mm", "aten::addmm", "aten::matmul") for event in seen.events())
+
+
+def test_a_compiled_step_leaves_a_dense_head_of_16_bits_to_no_library():
+    torch.compiler.reset()
+    model = in_bits(4).to(torch.bfloat16)
+    logits_of(model, **compiled_step(model))
+    of_the_prompt = products_of_torch(lambda: model(PROMPT, logits_to_keep=1))
+    assert of_the_prompt > 0
+    assert products_of_torch(lambda: logits_of(model, **compiled_step(model))) == of_the_prompt
+
+
 def test_models_of_one_class_are_compiled_each_for_itself():
     """Blocks are not looked at before a step, so what was compiled for one model must not serve another."""
     torch.compiler.reset()
