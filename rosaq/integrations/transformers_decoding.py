@@ -91,7 +91,7 @@ def attend(
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`; for one row x [.., 1, k] of 16 bits as plain operations, summed in float32.
 
-    torch's own reads a weight [n, k] of 16 bits (an output head, a router) at less than half of what memory gives.
+    torch's own reads a weight [n, k] of 16 bits, such as an output head, at less than half of what memory gives.
     """
     if x.numel() != x.shape[-1] or x.dtype not in (torch.bfloat16, torch.float16):
         return torch.nn.functional.linear(x, weight, bias)
