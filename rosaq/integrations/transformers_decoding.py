@@ -1,8 +1,8 @@
 """Decoding with a compiled step: transformers' `generate`, a cache of fixed size, an attention for one query and dense
 linears of one row.
 
-On a CPU torch's fused attention takes 0.1 ms a layer however short the cache is, a third of a small model's step, and its
-dense linear twice as long for an output head as plain operations, which the compiler fuses.
+On a CPU torch's fused attention takes 0.1 ms a layer however short the cache is, a third of a small model's step, and
+its dense linear twice as long for an output head as plain operations, which the compiler fuses.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def attend(
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear` with weight [n, k]; for one row x [.., 1, k] of 16 bits as plain operations, summed in
+    """`torch.nn.functional.linear` with weight [n, k]; one row x [.., 1, k] of 16 bits as plain operations, summed in
     float32."""
     if x.numel() != x.shape[-1] or x.dtype not in (torch.bfloat16, torch.float16):
         return torch.nn.functional.linear(x, weight, bias)
