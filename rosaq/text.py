@@ -93,9 +93,10 @@ def select_documents(documents: Sequence[str], spec: str | None) -> list[str]:
 def token_windows(tokenizer: Any, documents: Sequence[str], num: int, length: int, seed: int | None) -> Tensor:
     """`num` windows of `length` tokens, int64 [num, length], out of the documents joined by blank lines.
 
-    With a `seed`: windows that start anywhere (calibration). With None: windows that do not overlap, from the start
-    (evaluation). No BOS or other special token is added. A warning where windows must overlap; ValueError if there is
-    not one (for evaluation: not all), and for a single str, which would be a document for each of its characters.
+    With a `seed`: windows that start anywhere (calibration); where they would take more than a quarter of the text, no
+    two of them overlap. With None: windows that do not overlap, from the start (evaluation). No BOS or other special
+    token is added. A warning where windows must overlap; ValueError if there is not one (for evaluation: not all), and
+    for a single str, which would be a document for each of its characters.
     """
     if isinstance(documents, str):
         raise ValueError(f"documents: got the str {documents[:60]!r}, need a list of documents")
@@ -118,6 +119,15 @@ def token_windows(tokenizer: Any, documents: Sequence[str], num: int, length: in
     stream = torch.tensor(tokens, dtype=torch.int64)
     if seed is None:
         return stream[:needed].view(num, length)
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(tokens) - length + 1, (num,), generator=generator)
+    starts = _starts(len(tokens), num, length, torch.Generator().manual_seed(seed))
     return torch.stack([stream[start : start + length] for start in starts.tolist()])
+
+
+def _starts(total: int, num: int, length: int, generator: torch.Generator) -> Tensor:
+    """Where `num` windows of `length` out of `total` tokens start, int64 [num], in random order."""
+    spare = total - num * length
+    if spare < 0 or 4 * num * length <= total:
+        return torch.randint(total - length + 1, (num,), generator=generator)
+    # Windows drawn one by one would see 63 % of a text of their own size, and the rest of it never.
+    gaps = torch.randint(spare + 1, (num,), generator=generator).sort().values
+    return (gaps + length * torch.arange(num))[torch.randperm(num, generator=generator)]

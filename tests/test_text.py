@@ -113,3 +113,15 @@ def test_windows_that_overlap_for_want_of_text_are_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         token_windows(ByteTokenizer(), ["a" * 40], 4, 10, seed=0)
+
+
+@pytest.mark.parametrize("tokens", [60, 61, 100, 239])
+def test_calibration_windows_of_a_short_text_do_not_overlap(tokens: int):
+    def positions(text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": list(range(len(text)))}
+
+    windows = token_windows(positions, ["a" * tokens], 10, 6, seed=3)
+    assert len(windows.unique()) == windows.numel() == 60
+    assert (windows.diff(dim=1) == 1).all()
+    assert not torch.equal(windows, windows[windows[:, 0].argsort()])  # in random order, as tuning takes them
+    assert not torch.equal(windows, token_windows(positions, ["a" * tokens], 10, 6, seed=4))
