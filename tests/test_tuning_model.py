@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import linear
 
 from rosaq.calibrate import BlockModel
 from rosaq.config import LinearFormat
@@ -9,8 +10,8 @@ from rosaq.quantizers import quantize_weight
 from rosaq.specs import QuantSpec, TuneSpec
 from rosaq.tuning import Predictions, TunedBlock, TunedLinear, tune_model
 from rosaq.tuning.model import _divergence, _kl
-from tests.models import save_dense, tiny_llama
-from tests.tolerances import assert_close_in
+from tests.models import random_linear, save_dense, tiny_llama
+from tests.tolerances import assert_close_in, assert_same_function
 
 FORMAT = LinearFormat(3, 32, False, 2)
 SPEC = TuneSpec(model_steps=24, batch_size=4, passes=24, scales_rate=5e-3, gains_rate=5e-3)
@@ -56,6 +57,55 @@ def part(predictions, which):
     return Predictions(predictions.embedded[which], predictions.dense[which], predictions.gain, predictions.head)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        LinearFormat(3, -1),
+        LinearFormat(4, -1, True, 3),
+        LinearFormat(3, -1, False, 2, "basis"),
+        LinearFormat(3, -1, False, 1, "basis", 1, 32),
+        LinearFormat(4, -1, False, 2, "index", 4, 32),
+        LinearFormat(4, 64, False, 2),
+    ],
+    ids=str,
+)
+def test_a_linear_whose_codes_stay_multiplies_as_its_weight_does(fmt, dtype):
+    """Output and all gradients, against autograd through the dense weight; one row has a scale of zero."""
+    generator = torch.Generator().manual_seed(0)
+    stored = random_linear(fmt, 24, 128, seed=0)
+    stored["scales"][5] = 0
+    x, slope = (torch.randn(3, 40, size, generator=generator) for size in (128, 24))
+    found = []
+    for multiply in (lambda tuned, x: tuned.product(x), lambda tuned, x: linear(x, tuned.weight())):
+        tuned, leaf = TunedLinear(None, stored, fmt), x.clone().requires_grad_()
+        with torch.no_grad():
+            tuned.stretch += 0.1 * torch.randn(tuned.stretch.shape, generator=torch.Generator().manual_seed(1))
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y = multiply(tuned, leaf)
+        y.backward(slope.to(y.dtype))
+        leaves = [leaf, tuned.stretch] + ([] if tuned.shift is None else [tuned.shift])
+        found.append((y, leaf.grad, *(tensor.grad.flatten(1).T for tensor in leaves[1:])))
+    for mine, true in zip(*found, strict=True):
+        assert mine.dtype == true.dtype
+        assert_same_function(mine, true, dtype)
+
+
+def test_a_block_adds_biases_to_what_its_own_linears_give_and_gets_its_own_back(tmp_path):
+    dense = tiny_llama(seed=2, attention_bias=True)
+    tensors = {name: t + 0.1 for name, t in dense.model.layers[1].state_dict().items()}
+    model, hidden = BlockModel(save_dense(tmp_path / "biased", dense)), torch.randn(2, 16, 64)
+    want = model.run(1, tensors, hidden)
+    calls = {name: lambda x, name=name: linear(x, tensors[f"{name}.weight"]) for name in model.family.linears}
+    rest = {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in calls}
+    assert any(name.endswith("q_proj.bias") for name in rest)
+    with torch.no_grad():
+        assert torch.equal(model.forward(1, rest, hidden, calls), want)
+    assert torch.equal(model.run(1, tensors, hidden), want)
+    with pytest.raises(RuntimeError, match="Missing key"), torch.no_grad():
+        model.forward(1, rest, hidden)
+
+
 def test_the_divergence_falls_on_sequences_it_has_not_seen_and_codes_stay(setting):
     model, make, predictions = setting
     blocks, steps = make(), []
@@ -99,15 +149,16 @@ def test_what_is_left_on_the_tensors_is_the_gradient_of_the_divergence(setting):
 
 
 def test_the_divergence_is_kl_and_nothing_from_itself(setting):
-    *_, predictions = setting
-    normed = predictions.embedded[:2]
-    value, slope = _kl(normed, normed, predictions.head)
+    model, _, predictions = setting
+    two = torch.tensor([3, 1])
+    normed = model.final_norm(predictions.dense[two], predictions.gain)
+    value, slope = _kl(model, normed, predictions, two)
     assert abs(value) < 1e-6
     assert slope.abs().max() < 1e-6
     other = normed.roll(1, -1)
-    p, q = ((x.double() @ predictions.head.double().T).softmax(-1) for x in (other, normed))
+    q, p = ((x.double() @ predictions.head.double().T).softmax(-1) for x in (other, normed))
     want = (p * (p / q).log()).sum(-1).mean()
-    assert_close_in(torch.tensor([_kl(normed, other, predictions.head)[0]]), want[None], torch.float32)
+    assert_close_in(torch.tensor([_kl(model, other, predictions, two)[0]]), want[None], torch.float32)
 
 
 def test_a_divergence_that_is_not_finite_is_refused(setting):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rosaq.calibrate.arguments import Stop, call_arguments
 from rosaq.calibrate.attention import ATTENTION, register_attention
 from rosaq.calibrate.buffers import compute_buffers
 from rosaq.devices import multiplies_bf16
@@ -25,6 +27,7 @@ from rosaq.experts import Experts, replace_fused, routed
 from rosaq.models import Family, Site, Sizes, family_of
 
 Tensors = dict[str, Tensor]
+LinearCalls = Mapping[str, Callable[[Tensor], Tensor]]  # {linear: x [..., k] -> y [..., n] without the bias}
 
 
 @dataclass(frozen=True)
@@ -51,25 +54,8 @@ class BlockPass:
     received: Tensor | None
 
 
-class _Stop(Exception):
-    """Ends a forward pass as soon as the wanted activation exists."""
-
-
-class _Recorder(nn.Module):
-    """Stands in for a block: keeps the keyword arguments that the model calls it with and passes the stream on."""
-
-    def __init__(self, block: nn.Module, last: bool) -> None:
-        super().__init__()
-        self.attention_type = getattr(block, "attention_type", "full_attention")
-        self.kwargs: dict[str, Any] = {}
-        self.hidden: Tensor | None = None
-        self._last = last
-
-    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        self.kwargs, self.hidden = kwargs, hidden
-        if self._last:
-            raise _Stop
-        return hidden
+def _with_bias(module: nn.Linear, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return call(x) if module.bias is None else call(x) + module.bias
 
 
 class BlockModel:
@@ -158,13 +144,27 @@ class BlockModel:
         normed: Tensor = functional_call(self._model.get_submodule(self.family.final_norm), {"weight": gain}, (hidden,))
         return normed
 
-    def forward(self, index: int, tensors: Tensors, hidden: Tensor) -> Tensor:
-        """Block `index` with the given weights: hidden [batch, length, hidden] -> the same shape, differentiable."""
+    def forward(self, index: int, tensors: Tensors, hidden: Tensor, linears: LinearCalls | None = None) -> Tensor:
+        """Block `index` with the given weights: hidden [batch, length, hidden] -> the same shape, differentiable.
+        linears: those that multiply in ways of their own; their weights are not among `tensors`."""
         kwargs = self._call_arguments(hidden)[index]
-        with self.products():
-            out = functional_call(self._blocks[index], tensors, (hidden,), kwargs, strict=True)
+        with self.products(), self._replaced(index, linears or {}) as absent:
+            out = functional_call(self._blocks[index], tensors | absent, (hidden,), kwargs, strict=True)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
+
+    @contextlib.contextmanager
+    def _replaced(self, index: int, linears: LinearCalls) -> Iterator[Tensors]:
+        """While the context lasts, block `index` calls `linears` in place of its own; yields what then stands for their
+        weights, which nothing reads."""
+        modules: dict[str, Any] = {name: self._blocks[index].get_submodule(name) for name in linears}
+        for name, module in modules.items():
+            module.forward = functools.partial(_with_bias, module, linears[name])
+        try:
+            yield {f"{name}.weight": module.weight for name, module in modules.items()}
+        finally:
+            for module in modules.values():
+                del module.forward
 
     @torch.no_grad()
     def run(self, index: int, tensors: Tensors, hidden: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ class BlockModel:
             def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
                 found[site.name] = SiteInput(args[0].flatten(0, -2), routing.get(site.name))
                 if stop and len(found) == len(wanted):
-                    raise _Stop
+                    raise Stop
 
             return hook
 
@@ -209,7 +209,7 @@ class BlockModel:
                     is_hidden = site.reads == "hidden"
                     found[site.name] = SiteInput(experts[site.expert].hidden(seen) if is_hidden else seen, tokens)
             if stop and not any(site in hooked for site in routed_sites):
-                raise _Stop
+                raise Stop
 
         def attended(_module: nn.Module, _args: tuple[Any, ...], out: Any) -> None:
             if isinstance(out, tuple) and isinstance(out[1], Tensor) and out[1].shape == hidden.shape[:2]:
@@ -223,7 +223,7 @@ class BlockModel:
             hooks.append(mixture.register_forward_pre_hook(route))
         output = None
         try:
-            with contextlib.suppress(_Stop):
+            with contextlib.suppress(Stop):
                 output = self.run(index, tensors, hidden)
         finally:
             for handle in hooks:
@@ -295,23 +295,5 @@ class BlockModel:
     def _call_arguments(self, hidden: Tensor) -> list[dict[str, Any]]:
         """What the model passes to each block (mask, positions) for a batch of this shape."""
         if hidden.shape not in self._kwargs:
-            recorders = [_Recorder(block, block is self._blocks[-1]) for block in self._blocks]
-            parent_path, _, name = self.family.blocks.rpartition(".")
-            parent = self._model.get_submodule(parent_path)
-            setattr(parent, name, nn.ModuleList(recorders))
-            try:
-                with contextlib.suppress(_Stop):
-                    parent(inputs_embeds=hidden, use_cache=False)
-            finally:
-                setattr(parent, name, nn.ModuleList(self._blocks))
-            self._check_embedding(hidden, recorders[0].hidden)
-            self._kwargs[hidden.shape] = [recorder.kwargs for recorder in recorders]
+            self._kwargs[hidden.shape] = call_arguments(self._model, self._blocks, self.family, hidden)
         return self._kwargs[hidden.shape]
-
-    def _check_embedding(self, given: Tensor, seen: Tensor | None) -> None:
-        """ValueError if the model does to the embeddings what this class does not: every stream would be wrong."""
-        if seen is None or not torch.equal(given, seen):
-            raise ValueError(
-                f"model: {self.config.model_type}: got embeddings that the model changes before its first block, need "
-                f"them to enter it as {self.family.embedding!r} makes them"
-            )

@@ -55,27 +55,25 @@ class Gram:
 
     def add_tokens(self, tokens: Tokens) -> None:
         """Add a batch; ValueError if it holds NaN or Inf."""
-        x = tokens.x.float()
-        if tokens.importance is None:
-            self._weight += len(x)
-        else:
-            weight = tokens.importance.double()
-            self._weight += float(weight.sum())
-            x = x * weight.sqrt().float()[:, None]
+        x = tokens.x
+        weight = torch.ones(len(x), device=x.device) if tokens.importance is None else tokens.importance.float()
+        self._weight += float(weight.double().sum())
         # A massive activation's rounding errors would drown what is left once its direction is kept in 16 bits.
-        energy = x.square().sum(1)
+        energy = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square_().mul_(weight)
         if not energy.isfinite().all():
             bad = int((~energy.isfinite()).sum())
             raise ValueError(
                 f"activations: got NaN, Inf or beyond 1e19 in {bad} of {len(x)} tokens, need finite numbers"
             )
         is_loud = energy > _LOUD * energy.median()
-        loud, x = x[is_loud].double(), x[~is_loud]
+        loud = x[is_loud].double() * weight[is_loud].double().sqrt()[:, None]
         self._sum += loud.T @ loud
-        for chunk in x.split(_TOKENS_AT_ONCE):
+        root = weight.sqrt().masked_fill_(is_loud, 0)[:, None]
+        for rows, by in zip(x.split(_TOKENS_AT_ONCE), root.split(_TOKENS_AT_ONCE), strict=True):
+            chunk = rows * by
             for start in range(0, x.shape[1], _COLUMNS_AT_ONCE):
-                rows = chunk[:, start : start + _COLUMNS_AT_ONCE]
-                self._sum[start : start + _COLUMNS_AT_ONCE, start:] += rows.T @ chunk[:, start:]
+                left = chunk[:, start : start + _COLUMNS_AT_ONCE]
+                self._sum[start : start + _COLUMNS_AT_ONCE, start:] += left.T @ chunk[:, start:]
 
     def sum_over_ranks(self) -> Gram:
         """This gram, of the tokens that were added on any rank. To be called once, on every rank."""

@@ -76,6 +76,11 @@ class TunedBlock:
         weights = {f"{name}.weight": linear.weight() for name, linear in self.linears.items()}
         return self._others | weights | self.gains()
 
+    def run(self, model: BlockModel, index: int, hidden: Tensor) -> Tensor:
+        """Block `index` of the model on hidden [batch, length, d], differentiable, as with `tensors()`."""
+        calls = {name: linear.product for name, linear in self.linears.items()}
+        return model.forward(index, self._others | self.gains(), hidden, calls)
+
     def groups(self, spec: TuneSpec) -> Iterator[tuple[Tensor, float]]:
         """(trainable tensor, its learning rate)."""
         for linear in self.linears.values():

@@ -31,7 +31,8 @@ def descend(groups: Iterable[tuple[Tensor, float]], batches: list[Tensor]) -> It
     """Yield the batches one by one; whoever takes one leaves gradients on the tensors of `groups` (tensor, learning
     rate), and a step of Adam follows. Tensors with a rate of 0 stay."""
     trainable = [(tensor, rate) for tensor, rate in groups if rate]
-    optimizer = torch.optim.Adam([{"params": [tensor], "lr": rate} for tensor, rate in trainable], betas=(0.9, 0.95))
+    each = [{"params": [tensor], "lr": rate} for tensor, rate in trainable]
+    optimizer = torch.optim.Adam(each, betas=(0.9, 0.95), fused=True)
     for step, batch in enumerate(batches):
         for group, (_, rate) in zip(optimizer.param_groups, trainable, strict=True):
             group["lr"] = rate * _share(step, len(batches))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from rosaq.config import LinearFormat
 from rosaq.layout import pack, unpack
@@ -36,56 +37,84 @@ class TunedLinear:
         middle = torch.full_like(self._scale, 2 ** (fmt.bits - 1))
         self._zero = stored["zeros"].float()[..., None] if "zeros" in stored else middle
         n, groups = stored["scales"].shape
-        self._codes = unpack(stored["qweight"], fmt.bits).view(n, groups, -1)
-        k = groups * self._codes.shape[2]
-        self.latent: Tensor | None = None
-        if weight is not None:
-            exact = weight.view(n, groups, -1) / self._scale + self._zero
-            self.latent = (self._codes + (exact - self._codes).clamp(-_NEAR, _NEAR)).requires_grad_()
+        codes = unpack(stored["qweight"], fmt.bits).view(n, groups, -1)
+        k = groups * codes.shape[2]
         self.stretch = torch.zeros_like(self._scale).requires_grad_()
         self.shift: Tensor | None = None
         if fmt.num_salient:
             self.shift = torch.zeros(n, fmt.num_salient, device=self._scale.device).requires_grad_()
             self._unit = self._scale.abs().mean()
             self._bulk_columns = torch.ones(k, device=self._scale.device)
-            self._directions = stored["salient_weight"].float()
+            self._wanted = stored["salient_weight"].float()
             if fmt.salient == "index":
                 self._bulk_columns[stored["salient_index"].long()] = 0
+                self._directions = torch.eye(k, device=self._scale.device)[:, stored["salient_index"].long()]
             else:  # what the whole weight does on the basis; codes may then change without touching it
-                w_hat = ((self._codes - self._zero) * self._scale).view(n, k)
-                self._directions = self._directions + w_hat @ stored["salient_basis"].float()
+                self._directions = stored["salient_basis"].float()
+                self._wanted = self._wanted + ((codes - self._zero) * self._scale).view(n, k) @ self._directions
+        self.latent: Tensor | None = None
+        if weight is None:
+            self._steps = (codes - self._zero).to(torch.int8)
+        else:
+            exact = weight.view(n, groups, -1) / self._scale + self._zero
+            self.latent = (codes + (exact - codes).clamp(-_NEAR, _NEAR)).requires_grad_()
 
     def _scales(self) -> Tensor:
         return _through(self._scale * (1 + self.stretch), torch.float16)
 
-    def _salient(self, bulk: Tensor) -> Tensor:
-        """salient_weight [n, r] as stored, for the low-bit part `bulk` [n, k]."""
-        assert self.shift is not None
-        wanted = self._directions + self.shift * self._unit
-        if self._format.salient == "basis":
-            wanted = wanted - bulk @ self._stored["salient_basis"].float()
-        return _through(wanted, torch.float16)
+    def _salient(self, on_basis: Tensor | None) -> Tensor | None:
+        """salient_weight [n, r] as stored; on_basis [n, r]: the low-bit part times the basis, where there is one."""
+        if self.shift is None:
+            return None
+        wanted = self._wanted + self.shift * self._unit
+        return _through(wanted if on_basis is None else wanted - on_basis, torch.float16)
 
-    def _bulk(self) -> Tensor:
+    def _bulk(self, scales: Tensor) -> Tensor:
+        """The low-bit part [n, k]."""
         if self.latent is None:
-            rounded = (self._codes - self._zero) * self._scales()
+            rounded = self._steps * scales
         else:
-            rounded = _Rounded.apply(self.latent, self._scales(), self._zero, self._format.bits)  # type: ignore[no-untyped-call]
+            rounded = _Rounded.apply(self.latent, scales, self._zero, self._format.bits)  # type: ignore[no-untyped-call]
         bulk = rounded.flatten(1)
         return bulk * self._bulk_columns if self.shift is not None and self._format.salient == "index" else bulk
 
+    def _on_basis(self, bulk: Tensor) -> Tensor | None:
+        return bulk @ self._directions if self.shift is not None and self._format.salient == "basis" else None
+
+    def _whole(self, bulk: Tensor, salient: Tensor | None) -> Tensor:
+        """The dense [n, k] weight that acts on x."""
+        if salient is None:
+            w = bulk
+        elif self._format.salient == "index":
+            w = bulk.index_add(1, self._stored["salient_index"].long(), salient)
+        else:
+            w = bulk + salient @ self._directions.T
+        return self._of_plain_x(w)
+
+    def _of_plain_x(self, w: Tensor) -> Tensor:
+        """Rows [.., k] that act on the rotated x, as such that act on x."""
+        if not self._format.rotation_size:
+            return w
+        return rotate_blocks(w, self._stored["rotation"].float().transpose(-1, -2))
+
     def weight(self) -> Tensor:
         """The dense [n, k] float32 weight that acts on x, differentiable in latent, stretch and shift."""
-        w = bulk = self._bulk()
-        if self.shift is not None:
-            salient = self._salient(bulk)
-            if self._format.salient == "index":
-                w = bulk.index_add(1, self._stored["salient_index"].long(), salient)
-            else:
-                w = bulk + salient @ self._stored["salient_basis"].float().T
-        if self._format.rotation_size:
-            w = rotate_blocks(w, self._stored["rotation"].float().transpose(-1, -2))
-        return w
+        bulk = self._bulk(self._scales())
+        return self._whole(bulk, self._salient(self._on_basis(bulk)))
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., k] · weight()ᵀ -> [..., n], differentiable in x, latent, stretch and shift. Where codes stay and a
+        row has one scale, the gradient [n, k] of the weight, only to be summed over rows, is never made."""
+        if self.latent is not None or self._scale.shape[1] > 1:
+            return linear(x, self.weight())
+        scales = self._scales()
+        on_basis = self._on_basis(self._steps.flatten(1).float())
+        salient = self._salient(None if on_basis is None else scales.flatten(1) * on_basis)
+        with torch.no_grad():
+            weight = self._whole(self._bulk(scales), salient)
+        directions = None if salient is None else self._of_plain_x(self._directions.T)
+        y: Tensor = _FixedCodes.apply(x, scales.flatten(), salient, weight, directions)  # type: ignore[no-untyped-call]
+        return y
 
     @torch.no_grad()
     def stored(self) -> Tensors:
@@ -99,7 +128,9 @@ class TunedLinear:
             tensors["qweight"] = pack(codes.flatten(1).to(torch.uint8), self._format.bits)
         tensors["scales"] = self._scales()[..., 0].to(torch.float16)
         if self.shift is not None:
-            tensors["salient_weight"] = self._salient(self._bulk()).to(torch.float16)
+            salient = self._salient(self._on_basis(self._bulk(self._scales())))
+            assert salient is not None
+            tensors["salient_weight"] = salient.to(torch.float16)
         return tensors
 
 
@@ -117,8 +148,39 @@ class _Rounded(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grads
         latent, steps, scale = ctx.saved_tensors
-        inside = (latent > -0.5) & (latent < ctx.top + 0.5)
-        return grad * scale * inside, (grad * steps).sum(-1, keepdim=True), None, None
+        inside = torch.ops.aten.hardtanh_backward(grad, latent, -0.5, ctx.top + 0.5)
+        return inside.mul_(scale), torch.einsum("ngk,ngk->ng", grad, steps)[..., None], None, None
+
+
+class _FixedCodes(torch.autograd.Function):
+    """x · weightᵀ for weight [n, k] = codes * scales [n] + salient [n, r] · directions [r, k], with gradients for x,
+    scales and salient. In the dtype of autocast, as torch's linear is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scales: Tensor, salient: Tensor | None, weight: Tensor, directions: Tensor | None
+    ) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        narrow, weight = x.to(dtype), weight.to(dtype)
+        with torch.autocast(device, enabled=False):
+            y = linear(narrow, weight)
+            seen = None if directions is None else linear(narrow, directions.to(dtype))
+        ctx.save_for_backward(y, seen, scales, salient, weight)
+        ctx.dtype = x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        y, seen, scales, salient, weight = ctx.saved_tensors
+        grad = grads[0].flatten(0, -2)
+        # Scaling a row by 1 + e adds e times what its codes give to y, which is all of y but the salient part.
+        by_row, of_salient = (grad * y.flatten(0, -2)).sum(0, dtype=torch.float32), None
+        if salient is not None:
+            of_salient = (grad.T @ seen.flatten(0, -2)).float()
+            by_row = by_row - (of_salient * salient).sum(1)
+        of_scales = torch.where(scales == 0, 0, by_row / scales)
+        return (grad @ weight).view(*y.shape[:-1], -1).to(ctx.dtype), of_scales, of_salient, None, None
 
 
 def _through(value: Tensor, dtype: torch.dtype) -> Tensor:

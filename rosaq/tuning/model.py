@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from rosaq.calibrate import BlockModel, mean_over_ranks
@@ -21,6 +22,10 @@ from rosaq.tuning.block import TunedBlock
 from rosaq.tuning.descent import descend, draw_batches
 
 _MEASURED = 8  # sequences that the divergence before and after is measured on
+_SEQUENCES_AT_ONCE = 2  # in the passes without gradient: as many as in a step
+# Whose logits exist at the same time. On a CPU more do not fit its caches: 512 of 49,152 take half as long again.
+_TOKENS_AT_ONCE = {"cpu": 128}
+_TOKENS_ON_GPU = 512
 
 
 @dataclass(frozen=True)
@@ -49,18 +54,17 @@ def tune_model(
     weights: every block is run again for its gradient. Raises ValueError if the divergence is not finite.
     """
     measured = torch.arange(min(_MEASURED, len(predictions.embedded)))
+    if model.is_bf16:  # once, not in every product
+        predictions = replace(predictions, head=predictions.head.bfloat16())
     before = _divergence(model, blocks, predictions, measured)
     batches = draw_batches(len(predictions.embedded), spec.model_steps, spec, seed)
     groups = [group for block in blocks for group in block.groups(spec)]
     for step, batch in enumerate(descend(groups, batches)):
-        with model.products():
-            out = _run(model, blocks, predictions.embedded[batch])
-            leaf = out.detach().requires_grad_()
-            normed = model.final_norm(leaf, predictions.gain)
-            _, slope = _kl(
-                normed.detach(), model.final_norm(predictions.dense[batch], predictions.gain), predictions.head
-            )
-        torch.autograd.backward(normed, slope.to(normed.dtype))
+        out = _run(model, blocks, predictions.embedded[batch])
+        leaf = out.detach().requires_grad_()
+        normed = model.final_norm(leaf, predictions.gain)
+        _, slope = _kl(model, normed.detach(), predictions, batch)
+        torch.autograd.backward(normed, slope)
         assert leaf.grad is not None
         out.backward(leaf.grad)
         progress(step + 1, len(batches))
@@ -75,32 +79,34 @@ def _run(model: BlockModel, blocks: list[TunedBlock], hidden: Tensor) -> Tensor:
     for index, block in enumerate(blocks):
 
         def run(entering: Tensor, index: int = index, block: TunedBlock = block) -> Tensor:
-            return model.forward(index, block.tensors(), entering)
+            return block.run(model, index, entering)
 
         hidden = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
     return hidden
 
 
 @torch.no_grad()
-def _kl(normed: Tensor, dense: Tensor, head: Tensor) -> tuple[float, Tensor]:
-    """(mean KL(dense || quantised) over the tokens, its gradient) for what enters the head, [batch, length, d]. One
-    sequence at a time: a row of logits is as wide as the vocabulary."""
-    total, slopes = 0.0, []
-    for own, wanted in zip(normed, dense, strict=True):
-        log_p, log_q = (wanted @ head.T).float().log_softmax(-1), (own @ head.T).float().log_softmax(-1)
-        p = log_p.exp()
-        total += float((p * (log_p - log_q)).sum())
-        slopes.append((log_q.exp_().sub_(p)) @ head)
-    tokens = normed.shape[0] * normed.shape[1]
-    return total / tokens, torch.stack(slopes) / tokens
+def _kl(model: BlockModel, normed: Tensor, predictions: Predictions, sequences: Tensor) -> tuple[float, Tensor]:
+    """(mean KL(dense || quantised) over the tokens of `sequences`, its gradient) for what enters the head, [batch,
+    length, d]. A few tokens at a time: a row of logits is as wide as the vocabulary."""
+    total, slopes, head = 0.0, [], predictions.head
+    at_once = _TOKENS_AT_ONCE.get(normed.device.type, _TOKENS_ON_GPU)
+    dense = model.final_norm(predictions.dense[sequences], predictions.gain)
+    with model.products():
+        for own, wanted in zip(*(x.flatten(0, 1).split(at_once) for x in (normed, dense)), strict=True):
+            log_p, log_q = (linear(x, head).float().log_softmax(-1) for x in (wanted, own))
+            p = log_p.exp()
+            slope = log_q.exp().sub_(p)
+            total += float(p.mul_(log_p.sub_(log_q)).sum())
+            slopes.append(slope @ head)
+    return total / normed[..., 0].numel(), torch.cat(slopes).view_as(normed).float() / normed[..., 0].numel()
 
 
 @torch.no_grad()
 def _divergence(model: BlockModel, blocks: list[TunedBlock], predictions: Predictions, sequences: Tensor) -> float:
-    """Mean KL(dense || quantised) over the tokens of `sequences`, in float32."""
+    """Mean KL(dense || quantised) over the tokens of `sequences`."""
     total = 0.0
-    for one in sequences.split(1):
-        own = model.final_norm(_run(model, blocks, predictions.embedded[one]), predictions.gain)
-        wanted = model.final_norm(predictions.dense[one], predictions.gain)
-        total += _kl(own, wanted, predictions.head)[0]
+    for some in sequences.split(_SEQUENCES_AT_ONCE):
+        out = _run(model, blocks, predictions.embedded[some])
+        total += len(some) * _kl(model, model.final_norm(out, predictions.gain), predictions, some)[0]
     return mean_over_ranks(total / len(sequences))
