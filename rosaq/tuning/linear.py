@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, one_hot
 
 from rosaq.config import LinearFormat
 from rosaq.layout import pack, unpack
@@ -47,8 +47,9 @@ class TunedLinear:
             self._bulk_columns = torch.ones(k, device=self._scale.device)
             self._wanted = stored["salient_weight"].float()
             if fmt.salient == "index":
-                self._bulk_columns[stored["salient_index"].long()] = 0
-                self._directions = torch.eye(k, device=self._scale.device)[:, stored["salient_index"].long()]
+                index = stored["salient_index"].long()
+                self._bulk_columns[index] = 0
+                self._directions = one_hot(index, k).float().T
             else:  # what the whole weight does on the basis; codes may then change without touching it
                 self._directions = stored["salient_basis"].float()
                 self._wanted = self._wanted + ((codes - self._zero) * self._scale).view(n, k) @ self._directions

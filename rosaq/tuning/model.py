@@ -92,14 +92,13 @@ def _kl(model: BlockModel, normed: Tensor, predictions: Predictions, sequences: 
     total, slopes, head = 0.0, [], predictions.head
     at_once = _TOKENS_AT_ONCE.get(normed.device.type, _TOKENS_ON_GPU)
     dense = model.final_norm(predictions.dense[sequences], predictions.gain)
-    with model.products():
-        for own, wanted in zip(*(x.flatten(0, 1).split(at_once) for x in (normed, dense)), strict=True):
-            log_p, log_q = (linear(x, head).float().log_softmax(-1) for x in (wanted, own))
-            p = log_p.exp()
-            slope = log_q.exp().sub_(p)
-            total += float(p.mul_(log_p.sub_(log_q)).sum())
-            slopes.append(slope @ head)
-    return total / normed[..., 0].numel(), torch.cat(slopes).view_as(normed).float() / normed[..., 0].numel()
+    for own, wanted in zip(*(x.to(head.dtype).flatten(0, 1).split(at_once) for x in (normed, dense)), strict=True):
+        log_p, log_q = (linear(x, head).log_softmax(-1, dtype=torch.float32) for x in (wanted, own))
+        p = log_p.exp()
+        total += float(torch.einsum("tv,tv->t", p, log_p.sub_(log_q)).sum())
+        slopes.append(log_q.exp_().sub_(p).to(head.dtype) @ head)
+    tokens = normed[..., 0].numel()
+    return total / tokens, torch.cat(slopes).view_as(normed).float() / tokens
 
 
 @torch.no_grad()
