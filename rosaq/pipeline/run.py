@@ -139,10 +139,12 @@ class Run:
             return
         gain, head = self._final()
         embedded = torch.cat(self._stream(self.rotations.residual))
+        dense, self._dense_outputs = torch.cat(self._dense_outputs), []  # of use to nobody else
+        release_freed_memory()
         self.divergence = tune_whole_model(
             self._dense,
             [self.plan.formats(i) for i in range(self._dense.blocks.sizes.num_blocks)],
-            Predictions(embedded, torch.cat(self._dense_outputs), gain, head),
+            Predictions(embedded, dense, gain, head),
             self._recipe.tune,
             self._spec.seed,
             self._work,
@@ -157,7 +159,7 @@ class Run:
         """The output head, if the recipe says so: last, on what the finished blocks make of the text."""
         if not self._recipe.quantizes_head:
             return
-        self._dense_outputs = []  # has served the tuning; the stream of the finished model takes its place
+        self._dense_outputs = []  # the stream of the finished model takes its place
 
         def progress(done: int, parts: int) -> None:
             self._report("head", done - 1, total=parts)

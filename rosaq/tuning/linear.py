@@ -55,7 +55,7 @@ class TunedLinear:
                 self._wanted = self._wanted + ((codes - self._zero) * self._scale).view(n, k) @ self._directions
         self.latent: Tensor | None = None
         if weight is None:
-            self._steps = (codes - self._zero).to(torch.int8)
+            self._steps = codes.view(torch.int8) - self._zero.to(torch.int8)
         else:
             exact = weight.view(n, groups, -1) / self._scale + self._zero
             self.latent = (codes + (exact - codes).clamp(-_NEAR, _NEAR)).requires_grad_()
