@@ -106,14 +106,18 @@ class TunedLinear:
     def product(self, x: Tensor) -> Tensor:
         """x [..., k] · weight()ᵀ -> [..., n], differentiable in x, latent, stretch and shift. Where codes stay and a
         row has one scale, the gradient [n, k] of the weight, only to be summed over rows, is never made."""
+        weight_in_float32 = torch.autocast(x.device.type, enabled=False)  # whatever it then multiplies in
         if self.latent is not None or self._scale.shape[1] > 1:
-            return linear(x, self.weight())
-        scales = self._scales()
-        on_basis = self._on_basis(self._steps.flatten(1).float())
-        salient = self._salient(None if on_basis is None else scales.flatten(1) * on_basis)
-        with torch.no_grad():
-            weight = self._whole(self._bulk(scales), salient)
-        directions = None if salient is None else self._of_plain_x(self._directions.T)
+            with weight_in_float32:
+                weight = self.weight()
+            return linear(x, weight)
+        with weight_in_float32:
+            scales = self._scales()
+            on_basis = self._on_basis(self._steps.flatten(1).float())
+            salient = self._salient(None if on_basis is None else scales.flatten(1) * on_basis)
+            with torch.no_grad():
+                weight = self._whole(self._bulk(scales), salient)
+            directions = None if salient is None else self._of_plain_x(self._directions.T)
         y: Tensor = _FixedCodes.apply(x, scales.flatten(), salient, weight, directions)  # type: ignore[no-untyped-call]
         return y
 

@@ -23,9 +23,8 @@ from rosaq.tuning.descent import descend, draw_batches
 
 _MEASURED = 8  # sequences that the divergence before and after is measured on
 _SEQUENCES_AT_ONCE = 2  # in the passes without gradient: as many as in a step
-# Whose logits exist at the same time. On a CPU more do not fit its caches: 512 of 49,152 take half as long again.
-_TOKENS_AT_ONCE = {"cpu": 128}
-_TOKENS_ON_GPU = 512
+# Tokens whose logits exist at once. On a CPU more do not fit its caches: 512 rows of 49,152 take half as long again.
+_ON_CPU, _ON_GPU = 128, 512
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def _kl(model: BlockModel, normed: Tensor, predictions: Predictions, sequences: 
     """(mean KL(dense || quantised) over the tokens of `sequences`, its gradient) for what enters the head, [batch,
     length, d]. A few tokens at a time: a row of logits is as wide as the vocabulary."""
     total, slopes, head = 0.0, [], predictions.head
-    at_once = _TOKENS_AT_ONCE.get(normed.device.type, _TOKENS_ON_GPU)
+    at_once = _ON_CPU if normed.device.type == "cpu" else _ON_GPU
     dense = model.final_norm(predictions.dense[sequences], predictions.gain)
     for own, wanted in zip(*(x.to(head.dtype).flatten(0, 1).split(at_once) for x in (normed, dense)), strict=True):
         log_p, log_q = (linear(x, head).log_softmax(-1, dtype=torch.float32) for x in (wanted, own))
