@@ -56,6 +56,8 @@ class TunedLinear:
         self.latent: Tensor | None = None
         if weight is None:
             self._steps = codes.view(torch.int8) - self._zero.to(torch.int8)
+            is_basis = self.shift is not None and fmt.salient == "basis"
+            self._steps_on_basis = self._on_basis(self._steps.flatten(1).float()) if is_basis else None
         else:
             exact = weight.view(n, groups, -1) / self._scale + self._zero
             self.latent = (codes + (exact - codes).clamp(-_NEAR, _NEAR)).requires_grad_()
@@ -113,7 +115,7 @@ class TunedLinear:
             return linear(x, weight)
         with weight_in_float32:
             scales = self._scales()
-            on_basis = self._on_basis(self._steps.flatten(1).float())
+            on_basis = self._steps_on_basis
             salient = self._salient(None if on_basis is None else scales.flatten(1) * on_basis)
             with torch.no_grad():
                 weight = self._whole(self._bulk(scales), salient)
