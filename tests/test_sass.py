@@ -1,8 +1,9 @@
 """What the compiler made of the CUDA kernels, read off the built extension. Seeing that needs no GPU.
 
-Every kernel of every architecture: nothing in local memory (no spills). The fused kernels also: one turn of the main
-loop has tensor-core instructions, copies with 128-bit asynchronous copies only, does not divide, and stays within a
-budget of instructions for each MMA. Planted kernels show that each of these can fail.
+Every kernel of every architecture: nothing in local memory (no spills), no memory descriptor in an odd uniform
+register. The fused kernels also: one turn of the main loop has tensor-core instructions, copies with 128-bit
+asynchronous copies only, does not divide, and stays within a budget of instructions for each MMA. Planted kernels, and
+planted lines of a disassembly, show that each of these can fail.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pytest
 
 from rosaq import _C
 from tests.sass import disassembly
-from tests.sass.facts import Facts, count, facts_of
+from tests.sass.facts import Facts, count, facts_of, of_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "csrc" / "build_support"))
@@ -51,6 +52,8 @@ def problems(facts: Facts, budget: float | None) -> list[str]:
     spilled = count(facts.all, "LDL", "STL")
     if spilled and facts.name not in MAY_USE_LOCAL_MEMORY:
         found.append(f"{spilled} accesses to local memory")
+    if facts.odd_descriptors:
+        found.append(f"{facts.odd_descriptors} memory descriptors in an odd uniform register")
     if budget is None:
         return found
     mma = plain_turn(facts)
@@ -127,6 +130,22 @@ def test_planted_kernels_are_told_apart(
         assert found == ""
     else:
         assert re.search(message, found), f"{found!r}, hot path {facts.hot}"
+
+
+@pytest.mark.parametrize(
+    ("operands", "found"),
+    [
+        ("[R33], desc[UR4][R244.64]", []),
+        ("[R33+0x200], desc[UR14][R244.64+0x200], P3", []),
+        ("[R9+UR0], desc[UR1][R248.64]", ["1 memory descriptors in an odd uniform register"]),
+        ("[R9+0x200], desc[UR13][R248.64+0x200], P3", ["1 memory descriptors in an odd uniform register"]),
+    ],
+)
+def test_a_descriptor_in_an_odd_register_is_found(operands: str, found: list[str]) -> None:
+    """In text, because no source makes every ptxas get it wrong."""
+    text = f".text.copies:\n        /*cab0*/                   LDGSTS.E.BYPASS.128 {operands} ;\n"
+    (kernel,) = disassembly.parse(text, "sm_90a")
+    assert problems(of_kernel(kernel), budget=None) == found
 
 
 def test_a_binary_without_device_code_has_no_kernels(tmp_path: Path) -> None:

@@ -75,7 +75,16 @@ class WeightStream {
 #pragma unroll
                 for (int plane = 0; plane < Tile::kBits; ++plane) {
                     const int offset = plane * kLanes * kLoadBytes;
-                    ptx::cp_async_16_first(to + offset + at.lane * kLoadBytes, codes_ + offset);
+                    unsigned char* const slot = to + offset + at.lane * kLoadBytes;
+                    // No cache hint where registers are scarce: ptxas 13.0 then makes the hint's descriptor
+                    // anew before the copy, whose lower word is zero, and merges that with the uniform part
+                    // of the shared address. What it writes, [R9+UR0], desc[UR1][R248.64] (an odd register,
+                    // never set), is an illegal instruction to an H100; tests/test_sass.py looks for it.
+                    if constexpr (Tile::kHalves == 1) {
+                        ptx::cp_async_16_first(slot, codes_ + offset);
+                    } else {
+                        ptx::cp_async_16(slot, codes_ + offset);
+                    }
                 }
                 if (has_side(at)) ptx::cp_async_16(to + Tile::kRecordBytes + at.lane * kLoadBytes, side_);
             }

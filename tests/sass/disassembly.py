@@ -16,6 +16,7 @@ KERNEL = re.compile(r"^\.text\.(\S+):$")
 LABEL = re.compile(r"^(\.L_\w+):$")
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P[0-9T]+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
 TARGET = re.compile(r"`\((\.L_\w+)\)")
+ODD_DESCRIPTOR = re.compile(r"\bdesc\[UR\d*[13579]\]")
 
 
 def tool(name: str) -> str | None:
@@ -45,6 +46,12 @@ class Instruction:
         """The label it may go to. CALL.REL is how cold code is left, too, never to return."""
         found = TARGET.search(self.operands) if self.is_a("BRA", "CALL") else None
         return found[1] if found else None
+
+    @property
+    def has_odd_descriptor(self) -> bool:
+        """A memory descriptor has 64 bits, an even register and the next. ptxas 13.0 has also written desc[UR1], as
+        [R9+UR0], desc[UR1][R248.64], which is an illegal instruction to an H100."""
+        return ODD_DESCRIPTOR.search(self.operands) is not None
 
     @property
     def always_leaves(self) -> bool:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.sass.disassembly import Instruction, disassemble, extract
+from tests.sass.disassembly import Instruction, Kernel, disassemble, extract
 from tests.sass.loops import hot_paths, main_loop
 
 FOLDER = Path(__file__).resolve().parent
@@ -26,11 +26,13 @@ Opcodes = dict[str, int]  # with all suffixes, and how many there are
 
 @dataclass(frozen=True)
 class Facts:
-    """One kernel for one architecture. `hot`: turns of the main loop by their MMAs, see loops.py; empty without one."""
+    """One kernel for one architecture. `odd_descriptors`: how many instructions have such a memory descriptor; `hot`:
+    turns of the main loop by their MMAs, see loops.py; empty without one."""
 
     name: str
     arch: str
     all: Opcodes
+    odd_descriptors: int
     hot: dict[str, Opcodes]  # the key is a number: JSON has no others
 
 
@@ -43,17 +45,20 @@ def _opcodes(instructions: Iterable[Instruction]) -> Opcodes:
     return dict(Counter(instruction.opcode for instruction in instructions))
 
 
+def of_kernel(kernel: Kernel) -> Facts:
+    loop = main_loop(kernel)
+    turns = hot_paths(kernel, loop) if loop else {}
+    hot = {str(mma): _opcodes(path) for mma, path in turns.items() if mma > 0}
+    odd = sum(instruction.has_odd_descriptor for instruction in kernel.instructions)
+    return Facts(kernel.name, kernel.arch, _opcodes(kernel.instructions), odd, hot)
+
+
 def _of_cubin(cubin: Path, arch: str) -> list[Facts]:
     source = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.py")))
     kept = CACHE / f"{hashlib.sha256(source + arch.encode() + cubin.read_bytes()).hexdigest()[:24]}.json"
     if kept.exists():
         return [Facts(**facts) for facts in json.loads(kept.read_text())]
-    found = []
-    for kernel in disassemble(cubin, arch):
-        loop = main_loop(kernel)
-        turns = hot_paths(kernel, loop) if loop else {}
-        hot = {str(mma): _opcodes(path) for mma, path in turns.items() if mma > 0}
-        found.append(Facts(kernel.name, arch, _opcodes(kernel.instructions), hot))
+    found = [of_kernel(kernel) for kernel in disassemble(cubin, arch)]
     CACHE.mkdir(parents=True, exist_ok=True)
     new = kept.with_suffix(f".{os.getpid()}.new")
     new.write_text(json.dumps([asdict(facts) for facts in found]))
