@@ -35,21 +35,35 @@ def rotated(make: Callable[[], Callable[[], object]], bytes_each: int) -> Calls:
     return [copies[i % len(copies)] for i in range(max(CALLS_PER_GRAPH, len(copies)))]
 
 
-def ours(x: Tensor, n: int, bits: int, *, symmetric: bool = True, r: int = 0, rotation: int = 0) -> tuple[Calls, int]:
-    """Calls of fused_gemm, and the bytes of one: packed weight, salient directions, rotation, x and y."""
+def ours(
+    x: Tensor,
+    n: int,
+    bits: int,
+    *,
+    group: int = GROUP,
+    symmetric: bool = True,
+    r: int = 0,
+    basis: int = 0,
+    rotation: int = 0,
+) -> tuple[Calls, int]:
+    """Calls of fused_gemm, and the bytes of one: packed weight, salient directions, rotation, x and y. group -1: one
+    scale a row; r salient channels, or `basis` salient directions."""
     m, k = x.shape
     codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, device="cuda")
-    scales = (torch.rand(n, k // GROUP, device="cuda") / k**0.5).half()
+    scales = (torch.rand(n, k // group if group > 0 else 1, device="cuda") / k**0.5).half()
     zeros = None if symmetric else torch.randint(0, 2**bits, scales.shape, dtype=torch.uint8, device="cuda")
     packed = ops.prepack(ops.pack(codes, bits), scales, zeros, bits)
     extras: dict[str, Tensor] = {}
     if r:
         extras |= {"salient_weight": torch.randn(n, r, device="cuda").half()}
         extras |= {"salient_index": torch.randperm(k, device="cuda")[:r].int()}
+    if basis:
+        extras |= {"salient_weight": torch.randn(n, basis, device="cuda").half()}
+        extras |= {"salient_basis": torch.linalg.qr(torch.randn(k, basis, device="cuda")).Q.half().contiguous()}
     if rotation:
         block = torch.linalg.qr(torch.randn(rotation, rotation, device="cuda")).Q.half()
         extras["rotation"] = block[None]
-    sizes = {"out_features": n, "bits": bits, "group_size": GROUP, "symmetric": symmetric}
+    sizes = {"out_features": n, "bits": bits, "group_size": group, "symmetric": symmetric}
 
     def make() -> Callable[[], object]:
         own, own_extras = packed.clone(), {name: tensor.clone() for name, tensor in extras.items()}
@@ -94,6 +108,9 @@ def row(n: int, k: int, m: int, bandwidth: float, rivals: Callable[[Tensor, int]
         "int3_asym": ours(x, n, 3, symmetric=False),
         "int3_salient128": ours(x, n, 3, r=128),
         "int3_rotation128": ours(x, n, 3, rotation=128),
+        # As the default recipe makes them: q/k/v, gate/up; down_proj.
+        "int3_rows": ours(x, n, 3, group=-1, symmetric=False, r=16),
+        "int3_rows_basis": ours(x, n, 3, group=-1, symmetric=False, basis=2, rotation=32),
         **others,
     }
     us = median_us({name: calls for name, (calls, _) in made.items()})

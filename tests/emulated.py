@@ -128,8 +128,11 @@ class EmulatedLinear:
             made.rotation_blocks, made.rotation_size = rotation.size(0), rotation.size(1)
         return made
 
-    def run(self, x: Tensor, options: Options | None = None, resident: int = 4, launches: int = 1) -> Tensor:
-        """fused_gemm of x; `resident` is how many blocks the device is said to hold, which decides how work is cut.
+    def run(
+        self, x: Tensor, options: Options | None = None, resident: int = 4, launches: int = 1, compute_major: int = 8
+    ) -> Tensor:
+        """fused_gemm of x; `resident` is how many blocks the device is said to hold, which decides how work is cut, and
+        `compute_major` which kernel takes it.
 
         The counters must be zero again after every launch, but for the barrier's generation.
         """
@@ -137,7 +140,9 @@ class EmulatedLinear:
             args = self.args(x, buffers)
             blob, counters = buffers.input("blob", self.blob), buffers.inout("counters", self.counters)
             for _ in range(launches):
-                self.library.call("fused_gemm", options or Options(), ctypes.byref(args), blob, counters, resident)
+                self.library.call(
+                    "fused_gemm", options or Options(), ctypes.byref(args), blob, counters, resident, compute_major
+                )
             left = buffers.read(counters)
             assert left[0] == 0, f"barrier count {left[0]} after the launch"
             assert not left[2:].any(), f"counters {left[2:].nonzero().flatten().tolist()} are not zero after the launch"

@@ -62,16 +62,40 @@ def test_fused_gemm_has_no_race_and_stays_in_bounds(case: Case) -> None:
     assert_as_good_as(y, linear.plain(x), want(linear, x))
 
 
+WARPGROUP_CASES = [case for case in CASES if case["m"] > 16]
+
+
+@pytest.mark.parametrize("case", WARPGROUP_CASES, ids=case_id)
+def test_warpgroups_are_as_good_as_pytorch_in_every_order(case: Case) -> None:
+    """As above, with the kernel that compute capability 9.0 has for them."""
+    linear, x = build(case)
+    emulated, plain, expected = EmulatedLinear(linear), linear.plain(x), want(linear, x)
+    results = [
+        emulated.run(x, Options(seed=seed, completion=completion), resident=5, compute_major=9)
+        for seed, completion in enumerate(Options.COMPLETIONS)
+    ]
+    assert_as_good_as(results[0], plain, expected)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    assert_as_good_as(emulated.run(x, Options(seed=3), resident=1, compute_major=9), plain, expected)
+
+
+@pytest.mark.parametrize("case", WARPGROUP_CASES[::2], ids=case_id)
+def test_warpgroups_have_no_race_and_stay_in_bounds(case: Case) -> None:
+    linear, x = build(case)
+    y = EmulatedLinear(linear, "checked").run(x, Options(seed=1, completion="lazy"), resident=5, compute_major=9)
+    assert_as_good_as(y, linear.plain(x), want(linear, x))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [3, 4])
-@pytest.mark.parametrize("rows_per_call", [3, 16, 60])
+@pytest.mark.parametrize(("rows_per_call", "compute_major"), [(3, 8), (16, 8), (60, 8), (20, 9), (60, 9)])
 def test_identity_gives_the_dequantised_weight_exactly(
-    rows_per_call: int, bits: int, symmetric: bool, dtype: torch.dtype
+    rows_per_call: int, compute_major: int, bits: int, symmetric: bool, dtype: torch.dtype
 ) -> None:
     linear = make_linear(40, 160, bits, 32, symmetric)
     emulated = EmulatedLinear(linear)
-    rows = [emulated.run(x) for x in torch.eye(160, dtype=dtype).split(rows_per_call)]
+    rows = [emulated.run(x, compute_major=compute_major) for x in torch.eye(160, dtype=dtype).split(rows_per_call)]
     assert torch.equal(torch.cat(rows).T, linear.dequantized().to(dtype))
 
 

@@ -34,6 +34,8 @@ BUDGET = {(True, 1): 26.4, (True, 2): 14.5, (False, 1): 32.8, (False, 2): 18.2, 
 # The kernel for a few tokens, whose loop reads x from global memory.
 FEW = re.compile(r"few_tokens_kernel<.*Tile<\w+, \d, (?P<symmetric>true|false), 1>>")
 FEW_BUDGET = {True: 23.1, False: 31.8}
+# The kernels of warpgroups, which are empty but for sm_90a.
+WARPGROUP = re.compile(r"warpgroup_gemm_kernel<.*WarpgroupTile<\w+, \d, \d+>>")
 # Not a spill: an array that is indexed at run time, in a kernel that runs once for each weight, at load time.
 MAY_USE_LOCAL_MEMORY = {"rosaq::cuda::prepack_codes_kernel<4>"}
 
@@ -73,6 +75,20 @@ def problems(facts: Facts, budget: float | None) -> list[str]:
     return found
 
 
+def warpgroup_problems(facts: Facts) -> list[str]:
+    """What is wrong with a kernel of warpgroups for sm_90a."""
+    # Half a K-tile is four products between an arrival and a commit. Where ptxas cannot follow who uses whose registers
+    # it waits after every product, and says so in a note that nobody reads.
+    products, waits = count(facts.all, "HGMMA"), count(facts.all, "WARPGROUP.DEPBAR")
+    found = [f"{products} wgmma products: far too few"] if products < 60 else []
+    if waits * 2 > products:
+        found.append(f"{waits} waits for {products} wgmma products: they are serialised")
+    # Registers that the loader gives back and the two others take.
+    if count(facts.all, "USETMAXREG") != 2:
+        found.append("registers are not shared out anew")
+    return found
+
+
 def budget_of(facts: Facts) -> float | None:
     if found := FEW.search(facts.name):
         return FEW_BUDGET[found["symmetric"] == "true"]
@@ -88,9 +104,16 @@ def test_kernels_are_what_they_were_written_to_be(arch: str) -> None:
         pytest.skip(f"this build has no code for sm_{arch}")
     kernels = facts_of(Path(_C.__file__), arch)
     instances = [path.name for path in (ROOT / "csrc/launch/instances").glob("*.cu")]
-    assert sum(FUSED.search(facts.name) is not None for facts in kernels) == len(instances)
+    warpgroups = [facts for facts in kernels if WARPGROUP.search(facts.name)]
+    assert len(warpgroups) == sum(name.startswith("warpgroup") for name in instances) > 0
+    assert sum(FUSED.search(facts.name) is not None for facts in kernels) == len(instances) - len(warpgroups)
     assert sum(FEW.search(facts.name) is not None for facts in kernels) == sum("_m8." in name for name in instances)
     found = {f"{facts.name} sm_{arch}": problems(facts, budget_of(facts)) for facts in kernels}
+    for facts in warpgroups:
+        if arch == "90a":
+            found[f"{facts.name} sm_{arch}"] += warpgroup_problems(facts)
+        else:
+            assert count(facts.all, "HGMMA") == 0
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
 
 

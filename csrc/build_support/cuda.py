@@ -39,6 +39,8 @@ class Toolkit:
             flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
         for arch in (arch.rstrip("af") for arch in self.archs[-2:]):
             flags += ["-gencode", f"arch=compute_{arch},code=compute_{arch}"]
+        if "90a" in self.archs:
+            flags.append("-DROSAQ_BUILT_FOR_SM90A")
         # nvcc takes the first g++ of PATH, which the C++ sources need not be compiled with.
         named = shlex.split(os.environ.get("CXX", ""))
         if len(named) == 1 and "NVCC_CCBIN" not in os.environ:

@@ -25,14 +25,23 @@ class GridBarrier {
     }
 
     ROSAQ_DEVICE void wait() {
-        if (threadIdx.x == 0) {
-            const int generation = *kept_generation();
-            while (ptx::ld_acquire(counters_ + kBarrierGeneration) == generation) ptx::nanosleep(32);
-        }
+        wait_alone();
         __syncthreads();
     }
 
+    // For the first `threads` threads of the block only, which have a named barrier.
+    ROSAQ_DEVICE void wait_part(int barrier, int threads) {
+        wait_alone();
+        ptx::bar_sync(barrier, threads);
+    }
+
   private:
+    ROSAQ_DEVICE void wait_alone() {
+        if (threadIdx.x != 0) return;
+        const int generation = *kept_generation();
+        while (ptx::ld_acquire(counters_ + kBarrierGeneration) == generation) ptx::nanosleep(32);
+    }
+
     // Of thread 0 only, between arriving and waiting: not in a register, which the main loop needs.
     ROSAQ_DEVICE static int* kept_generation() {
         ROSAQ_SHARED(s_generation, int);

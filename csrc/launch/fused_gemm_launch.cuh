@@ -1,10 +1,11 @@
-// One instance of the fused kernel: what the generated files in instances/ contain.
+// The launches of one instance: what the generated files in instances/ contain.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 
 #include "../kernels/few_tokens.cuh"
+#include "../kernels/warpgroup_gemm.cuh"
 #include "launch.h"
 #include "shape_of.cuh"
 
@@ -27,13 +28,6 @@ inline cudaError_t allow_shared_memory(const void* kernel, int bytes, std::atomi
 }
 
 template <class Tile>
-cudaError_t allow_shared_memory() {
-    static std::atomic<uint64_t> done{0};
-    return allow_shared_memory(reinterpret_cast<const void*>(fused_gemm_kernel<Tile>), Tile::kMaxSmemBytes,
-                               done);
-}
-
-template <class Tile>
 constexpr int kFewWarpBytes = kFewStages * Tile::kWarpBytes;
 
 template <class Tile>
@@ -49,9 +43,16 @@ cudaError_t launch_few_tokens(const GemmParams& p, int warps, cudaStream_t strea
     return cudaGetLastError();
 }
 
-template <class Tile>
-cudaError_t launch_fused_gemm(const GemmParams& p, cudaStream_t stream) {
-    const cudaError_t error = allow_shared_memory<Tile>();
+// A kernel for one schedule of blocks: fused_gemm_kernel or warpgroup_gemm_kernel of a Tile.
+template <class Tile, void (*kKernel)(GemmParams)>
+cudaError_t allow_shared_memory() {
+    static std::atomic<uint64_t> done{0};
+    return allow_shared_memory(reinterpret_cast<const void*>(kKernel), Tile::kMaxSmemBytes, done);
+}
+
+template <class Tile, void (*kKernel)(GemmParams)>
+cudaError_t launch_scheduled(const GemmParams& p, cudaStream_t stream) {
+    const cudaError_t error = allow_shared_memory<Tile, kKernel>();
     if (error != cudaSuccess) return error;
     const Schedule& s = p.schedule;
     const dim3 grid(static_cast<unsigned>(s.list_blocks), static_cast<unsigned>(s.lists)),
@@ -60,20 +61,44 @@ cudaError_t launch_fused_gemm(const GemmParams& p, cudaStream_t stream) {
     if (needs_all_blocks(p)) {
         // Also beside other grids of that kind, which only a cooperative launch promises.
         void* args[] = {const_cast<GemmParams*>(&p)};
-        return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(fused_gemm_kernel<Tile>), grid,
-                                           block, args, smem, stream);
+        return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kKernel), grid, block, args, smem,
+                                           stream);
     }
-    fused_gemm_kernel<Tile><<<grid, block, smem, stream>>>(p);
+    kKernel<<<grid, block, smem, stream>>>(p);
     return cudaGetLastError();
 }
 
-template <class Tile>
+template <class Tile, void (*kKernel)(GemmParams)>
 cudaError_t blocks_per_sm(const GemmParams& p, int* blocks) {
-    const cudaError_t error = allow_shared_memory<Tile>();
+    const cudaError_t error = allow_shared_memory<Tile, kKernel>();
     if (error != cudaSuccess) return error;
     return cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-        blocks, fused_gemm_kernel<Tile>, Tile::kThreads,
-        static_cast<size_t>(smem_bytes(p, shape_of<Tile>())));
+        blocks, kKernel, Tile::kThreads, static_cast<size_t>(smem_bytes(p, shape_of<Tile>())));
+}
+
+// What the files in instances/ define.
+template <class Tile>
+constexpr Instance fused_gemm_instance() {
+    constexpr auto kKernel = fused_gemm_kernel<Tile>;
+    return {shape_of<Tile>(), launch_scheduled<Tile, kKernel>, blocks_per_sm<Tile, kKernel>, nullptr, 0};
+}
+
+template <class Tile>
+constexpr Instance few_tokens_instance() {
+    Instance made = fused_gemm_instance<Tile>();
+    made.launch_few = launch_few_tokens<Tile>;
+    made.few_warp_bytes = kFewWarpBytes<Tile>;
+    return made;
+}
+
+template <class Tile>
+constexpr Instance warpgroup_instance() {
+#ifdef ROSAQ_BUILT_FOR_SM90A
+    constexpr auto kKernel = warpgroup_gemm_kernel<Tile>;
+    return {shape_of<Tile>(), launch_scheduled<Tile, kKernel>, blocks_per_sm<Tile, kKernel>, nullptr, 0};
+#else
+    return {shape_of<Tile>(), nullptr, nullptr, nullptr, 0};
+#endif
 }
 
 }  // namespace rosaq::cuda

@@ -24,6 +24,10 @@ struct Instance {
 // The instance for up to `tokens` tokens (8, 16, 32, 64), or null.
 const Instance* find_instance(DType dtype, int bits, bool symmetric, int tokens);
 
+// The one of warpgroup_gemm.cuh for up to `tokens` tokens (32, 64), or null: it runs on compute
+// capability 9.0, if this library was built for sm_90a.
+const Instance* find_warpgroup_instance(DType dtype, int bits, int tokens);
+
 // p.schedule and all pointers are filled in; m <= tokens of the instance.
 inline cudaError_t fused_gemm(const Instance& instance, const GemmParams& p, cudaStream_t stream) {
     return p.m == 0 || p.n == 0 ? cudaSuccess : instance.launch(p, stream);

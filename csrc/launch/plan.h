@@ -57,6 +57,12 @@ inline bool is_few_tokens(const FusedGemmArgs& a) {
     return a.m <= kFewTokens && a.rotation_size == 0 && a.salient_basis.data == nullptr;
 }
 
+// Whether the kernel of warpgroups takes a call, on a device that has them: with fewer tokens it would pad
+// them, and nothing but the bytes of W would count.
+inline bool is_for_warpgroups(const FusedGemmArgs& a, int compute_major) {
+    return compute_major == 9 && a.m > 16;
+}
+
 // Warps of one of its blocks on a device of so many multiprocessors: all that a block may have where there
 // are not two blocks for each of them.
 inline int few_tokens_warps(int64_t n, int64_t sms, int64_t smem_per_warp, int64_t smem_per_block) {

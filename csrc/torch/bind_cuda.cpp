@@ -61,8 +61,11 @@ void run_fused(FusedGemmCall& call, const CudaWeight& weight, Tensor& y, const D
     const FusedGemmArgs& a = call.args;
     const int device = y.get_device_index();
     const int tokens = cuda::tokens_for(a.m);
-    const cuda::Instance* instance =
-        cuda::find_instance(a.x.dtype, a.weight.bits, a.weight.symmetric, tokens);
+    const cuda::Instance* instance = nullptr;
+    if (cuda::is_for_warpgroups(a, facts.major))
+        instance = cuda::find_warpgroup_instance(a.x.dtype, a.weight.bits, tokens);
+    if (instance == nullptr)
+        instance = cuda::find_instance(a.x.dtype, a.weight.bits, a.weight.symmetric, tokens);
     ROSAQ_CHECK(instance != nullptr, kOp, ": x: got ", a.m, " tokens, for which no kernel was built");
     cuda::GemmParams p = cuda::params_of(a, weight.layout, weight.blob);
     int per_sm = 0;

@@ -38,4 +38,12 @@ void fence_mbarrier_init();
 void fence_proxy_async();
 void bulk_copy_g2s(void* smem, const void* gmem, int bytes, uint64_t* mbar);
 
+struct WgmmaMatrix {
+    const char* data;
+    int k_step, n_step;
+};
+void wgmma(float* d, int n, const uint32_t* a, const WgmmaMatrix& b, bool adds, bool is_bf16);
+void wgmma_commit();
+void wgmma_wait(int allowed_pending);
+
 }  // namespace emu

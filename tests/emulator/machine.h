@@ -35,6 +35,13 @@ struct AsyncCopy {
     bool done, is_bulk;
 };
 
+// What a wgmma that nobody has waited for yet will leave in its registers.
+struct PendingSums {
+    float* d;
+    std::vector<float> sums;
+    int group;
+};
+
 struct Thread {
     FiberContext context;
     Block* block = nullptr;
@@ -46,6 +53,8 @@ struct Thread {
     Site site = nullptr;
     std::vector<std::vector<AsyncCopy>> copy_groups;  // committed, oldest first
     std::vector<AsyncCopy> open_group;
+    std::vector<PendingSums> pending_sums;
+    int wgmma_groups = 0;         // committed so far
     const int* polled = nullptr;  // the last ld_acquire: the same value again is no progress
     int polled_value = 0;
     Clock clock;

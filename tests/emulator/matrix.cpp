@@ -69,4 +69,24 @@ void multiply_m16n8k16(void* const* lanes, bool is_bf16) {
     }
 }
 
+// Of every 8 columns of b what an m16n8k16 computes; each lane's own descriptor is taken, and they are the
+// same.
+void multiply_m16k16(void* const* lanes, int n, bool is_bf16) {
+    const auto operands = [&](int lane) { return static_cast<const WgmmaOperands*>(lanes[lane]); };
+    for (int tile = 0; tile < n / 8; ++tile) {
+        uint32_t b[kLanes][2];
+        MmaOperands parts[kLanes];
+        void* pointers[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const WgmmaOperands& o = *operands(lane);
+            for (int half = 0; half < 2; ++half)
+                std::memcpy(&b[lane][half],
+                            o.b + tile * o.n_step + half * o.k_step + lane / 4 * 16 + lane % 4 * 4, 4);
+            parts[lane] = {o.sums + tile * 4, o.a, b[lane]};
+            pointers[lane] = &parts[lane];
+        }
+        multiply_m16n8k16(pointers, is_bf16);
+    }
+}
+
 }  // namespace emu

@@ -17,4 +17,13 @@ struct MmaOperands {
 };
 void multiply_m16n8k16(void* const* lanes, bool is_bf16);
 
+// A warp's 16 rows of a wgmma; sums are what the products are added to, in place.
+struct WgmmaOperands {
+    float* sums;
+    const uint32_t* a;
+    const char* b;
+    int k_step, n_step;
+};
+void multiply_m16k16(void* const* lanes, int n, bool is_bf16);
+
 }  // namespace emu

@@ -1,4 +1,6 @@
 // What the threads of a warp do together: it happens when the last lane arrives.
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "cuda_vocabulary.h"
@@ -195,6 +197,42 @@ void mma_m16n8k16_f16(float* d, const uint32_t* a, const uint32_t* b) {
 
 void mma_m16n8k16_bf16(float* d, const uint32_t* a, const uint32_t* b) {
     mma(d, a, b, true, EMU_SITE);
+}
+
+// Computed at once, but d is NaN until somebody waits; products that add to it before see the sums.
+void wgmma(float* d, int n, const uint32_t* a, const WgmmaMatrix& b, bool adds, bool is_bf16) {
+    const Site site = EMU_SITE;
+    Thread& me = self();
+    for (int row = me.lane; row < 2 * n; row += kWarpSize) {  // 16 bytes each, shared out over the lanes
+        const char* piece = b.data + row % 2 * b.k_step + row / 16 * b.n_step + row / 2 % 8 * 16;
+        check_shared(piece, 16, 16, "wgmma", site);
+        check_access(piece, 16, AccessKind::kRead, site);
+    }
+    const size_t count = static_cast<size_t>(n) / 2;
+    auto pending = std::find_if(me.pending_sums.begin(), me.pending_sums.end(),
+                                [&](const PendingSums& p) { return p.d == d; });
+    if (pending == me.pending_sums.end())
+        pending = me.pending_sums.insert(pending, {d, std::vector<float>(d, d + count), 0});
+    if (!adds) pending->sums.assign(count, 0.0f);
+    pending->group = me.wgmma_groups;
+    std::fill(d, d + count, std::nanf(""));
+    WgmmaOperands operands{pending->sums.data(), a, b.data, b.k_step, b.n_step};
+    together(is_bf16 ? "wgmma.bf16" : "wgmma.f16", Kind::kAligned, 0xffffffffu, &operands, site,
+             [&](const Collective& c) { multiply_m16k16(c.operands, n, is_bf16); });
+}
+
+void wgmma_commit() {
+    ++self().wgmma_groups;
+}
+
+void wgmma_wait(int allowed_pending) {
+    Thread& me = self();
+    auto& all = me.pending_sums;
+    for (size_t i = all.size(); i-- > 0;) {
+        if (all[i].group >= me.wgmma_groups - allowed_pending) continue;
+        std::copy(all[i].sums.begin(), all[i].sums.end(), all[i].d);
+        all.erase(all.begin() + static_cast<ptrdiff_t>(i));
+    }
 }
 
 }  // namespace emu

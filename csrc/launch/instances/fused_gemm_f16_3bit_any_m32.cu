@@ -3,9 +3,8 @@
 
 namespace rosaq::cuda {
 
-using fused_gemm_f16_3bit_any_m32_tile = Tile<__half, 3, false, 4>;
 extern const Instance fused_gemm_f16_3bit_any_m32;
-const Instance fused_gemm_f16_3bit_any_m32 = {shape_of<fused_gemm_f16_3bit_any_m32_tile>(), launch_fused_gemm<fused_gemm_f16_3bit_any_m32_tile>,
-    blocks_per_sm<fused_gemm_f16_3bit_any_m32_tile>, nullptr, 0};
+const Instance fused_gemm_f16_3bit_any_m32 =
+    fused_gemm_instance<Tile<__half, 3, false, 4>>();
 
 }  // namespace rosaq::cuda

@@ -3,9 +3,8 @@
 
 namespace rosaq::cuda {
 
-using fused_gemm_f16_4bit_any_m16_tile = Tile<__half, 4, false, 2>;
 extern const Instance fused_gemm_f16_4bit_any_m16;
-const Instance fused_gemm_f16_4bit_any_m16 = {shape_of<fused_gemm_f16_4bit_any_m16_tile>(), launch_fused_gemm<fused_gemm_f16_4bit_any_m16_tile>,
-    blocks_per_sm<fused_gemm_f16_4bit_any_m16_tile>, nullptr, 0};
+const Instance fused_gemm_f16_4bit_any_m16 =
+    fused_gemm_instance<Tile<__half, 4, false, 2>>();
 
 }  // namespace rosaq::cuda

@@ -3,9 +3,8 @@
 
 namespace rosaq::cuda {
 
-using fused_gemm_f16_4bit_any_m8_tile = Tile<__half, 4, false, 1>;
 extern const Instance fused_gemm_f16_4bit_any_m8;
-const Instance fused_gemm_f16_4bit_any_m8 = {shape_of<fused_gemm_f16_4bit_any_m8_tile>(), launch_fused_gemm<fused_gemm_f16_4bit_any_m8_tile>,
-    blocks_per_sm<fused_gemm_f16_4bit_any_m8_tile>, launch_few_tokens<fused_gemm_f16_4bit_any_m8_tile>, kFewWarpBytes<fused_gemm_f16_4bit_any_m8_tile>};
+const Instance fused_gemm_f16_4bit_any_m8 =
+    few_tokens_instance<Tile<__half, 4, false, 1>>();
 
 }  // namespace rosaq::cuda

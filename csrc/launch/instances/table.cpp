@@ -27,6 +27,14 @@ extern const Instance fused_gemm_bf16_4bit_sym_m16;
 extern const Instance fused_gemm_bf16_4bit_any_m16;
 extern const Instance fused_gemm_bf16_4bit_any_m32;
 extern const Instance fused_gemm_bf16_4bit_any_m64;
+extern const Instance warpgroup_f16_3bit_any_m32;
+extern const Instance warpgroup_f16_3bit_any_m64;
+extern const Instance warpgroup_f16_4bit_any_m32;
+extern const Instance warpgroup_f16_4bit_any_m64;
+extern const Instance warpgroup_bf16_3bit_any_m32;
+extern const Instance warpgroup_bf16_3bit_any_m64;
+extern const Instance warpgroup_bf16_4bit_any_m32;
+extern const Instance warpgroup_bf16_4bit_any_m64;
 
 static const Instance* const kInstances[] = {
     &fused_gemm_f16_3bit_sym_m8,
@@ -54,13 +62,32 @@ static const Instance* const kInstances[] = {
     &fused_gemm_bf16_4bit_any_m32,
     &fused_gemm_bf16_4bit_any_m64,
 };
+static const Instance* const kWarpgroupInstances[] = {
+    &warpgroup_f16_3bit_any_m32,
+    &warpgroup_f16_3bit_any_m64,
+    &warpgroup_f16_4bit_any_m32,
+    &warpgroup_f16_4bit_any_m64,
+    &warpgroup_bf16_3bit_any_m32,
+    &warpgroup_bf16_3bit_any_m64,
+    &warpgroup_bf16_4bit_any_m32,
+    &warpgroup_bf16_4bit_any_m64,
+};
+
+static bool fits(const InstanceShape& s, DType dtype, int bits, int tokens) {
+    return s.dtype == dtype && s.bits == bits && s.tokens == tokens;
+}
 
 const Instance* find_instance(DType dtype, int bits, bool symmetric, int tokens) {
     for (const Instance* instance : kInstances) {
         const InstanceShape& s = instance->shape;
-        const bool fits = s.dtype == dtype && s.bits == bits && s.tokens == tokens;
-        if (fits && (symmetric || !s.symmetric_only)) return instance;
+        if (fits(s, dtype, bits, tokens) && (symmetric || !s.symmetric_only)) return instance;
     }
+    return nullptr;
+}
+
+const Instance* find_warpgroup_instance(DType dtype, int bits, int tokens) {
+    for (const Instance* instance : kWarpgroupInstances)
+        if (instance->launch != nullptr && fits(instance->shape, dtype, bits, tokens)) return instance;
     return nullptr;
 }
 

@@ -8,13 +8,13 @@
 namespace emulator_tests {
 
 template <>
-EmulatedInstance find_instance<__half, 3>(bool, int);
+EmulatedInstance find_instance<__half, 3>(bool, int, bool);
 template <>
-EmulatedInstance find_instance<__half, 4>(bool, int);
+EmulatedInstance find_instance<__half, 4>(bool, int, bool);
 template <>
-EmulatedInstance find_instance<__nv_bfloat16, 3>(bool, int);
+EmulatedInstance find_instance<__nv_bfloat16, 3>(bool, int, bool);
 template <>
-EmulatedInstance find_instance<__nv_bfloat16, 4>(bool, int);
+EmulatedInstance find_instance<__nv_bfloat16, 4>(bool, int, bool);
 
 namespace {
 
@@ -22,13 +22,12 @@ using namespace rosaq;
 using namespace rosaq::cuda;
 using emu::LaunchOptions;
 
-EmulatedInstance find(DType dtype, int bits, bool symmetric, int tokens) {
-    const bool f16 = dtype == DType::kFloat16;
-    if (bits == 3)
-        return f16 ? find_instance<__half, 3>(symmetric, tokens)
-                   : find_instance<__nv_bfloat16, 3>(symmetric, tokens);
-    return f16 ? find_instance<__half, 4>(symmetric, tokens)
-               : find_instance<__nv_bfloat16, 4>(symmetric, tokens);
+EmulatedInstance find(const FusedGemmArgs& a, int compute_major) {
+    const auto instance_of =
+        a.x.dtype == DType::kFloat16
+            ? (a.weight.bits == 3 ? find_instance<__half, 3> : find_instance<__half, 4>)
+            : (a.weight.bits == 3 ? find_instance<__nv_bfloat16, 3> : find_instance<__nv_bfloat16, 4>);
+    return instance_of(a.weight.symmetric, tokens_for(a.m), is_for_warpgroups(a, compute_major));
 }
 
 BlobShape blob_shape(const PackedWeight& w) {
@@ -52,10 +51,10 @@ struct Workspace {
     explicit Workspace(int64_t size) : bytes(static_cast<size_t>(size), "workspace", emu::Access::kOut) {}
 };
 
-void run_fused(const FusedGemmArgs& a, const uint8_t* blob, int* counters, int resident,
+void run_fused(const FusedGemmArgs& a, const uint8_t* blob, int* counters, int resident, int compute_major,
                LaunchOptions options) {
     const BlobShape shape = blob_shape(a.weight);
-    const EmulatedInstance instance = find(a.x.dtype, a.weight.bits, a.weight.symmetric, tokens_for(a.m));
+    const EmulatedInstance instance = find(a, compute_major);
     const Problem problem = problem_of(a);
     GemmParams p = params_of(a, shape.layout, blob);
     if (is_few_tokens(a)) {
@@ -155,12 +154,12 @@ int fused_codes(const LaunchOptions* options, void* codes, void* qweight, int64_
     });
 }
 
-// resident: blocks that the device is said to hold.
+// The device is said to hold so many blocks, and to be of compute capability compute_major.
 int fused_gemm(const LaunchOptions* options, const FusedGemmArgs* args, const void* blob, void* counters,
-               int64_t resident) {
+               int64_t resident, int64_t compute_major) {
     return emu::guarded([&] {
         run_fused(*args, static_cast<const uint8_t*>(blob), static_cast<int*>(counters),
-                  static_cast<int>(resident), *options);
+                  static_cast<int>(resident), static_cast<int>(compute_major), *options);
     });
 }
 

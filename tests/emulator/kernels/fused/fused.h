@@ -3,6 +3,7 @@
 
 #include "emulator/emulator.h"
 #include "kernels/few_tokens.cuh"
+#include "kernels/warpgroup_gemm.cuh"
 #include "launch/shape_of.cuh"
 
 namespace emulator_tests {
@@ -14,12 +15,11 @@ struct EmulatedInstance {
     void (*launch_few)(const rosaq::cuda::GemmParams&, int warps, const emu::LaunchOptions&) = nullptr;
 };
 
-template <class Tile>
+template <class Tile, void (*kKernel)(rosaq::cuda::GemmParams) = rosaq::cuda::fused_gemm_kernel<Tile>>
 EmulatedInstance instance() {
     using rosaq::cuda::shape_of;
     return {shape_of<Tile>(), [](const rosaq::cuda::GemmParams& p, const emu::LaunchOptions& options) {
-                emu::launch(rosaq::cuda::fused_gemm_kernel<Tile>,
-                            dim3(p.schedule.list_blocks, p.schedule.lists), dim3(Tile::kThreads),
+                emu::launch(kKernel, dim3(p.schedule.list_blocks, p.schedule.lists), dim3(Tile::kThreads),
                             static_cast<size_t>(rosaq::cuda::smem_bytes(p, shape_of<Tile>())), options, p);
             }};
 }
@@ -36,13 +36,19 @@ EmulatedInstance instance_with_few() {
     return made;
 }
 
-// The instance of a dtype and width for up to `tokens` tokens.
+// The instance of a dtype and width for up to `tokens` tokens, with warpgroups if asked.
 template <class T, int kBits>
-EmulatedInstance find_instance(bool symmetric, int tokens);
+EmulatedInstance find_instance(bool symmetric, int tokens, bool warpgroups);
 
 template <class T, int kBits>
-EmulatedInstance find_instance_here(bool symmetric, int tokens) {
+EmulatedInstance find_instance_here(bool symmetric, int tokens, bool warpgroups) {
     using rosaq::cuda::Tile;
+    if (warpgroups) {
+        using Narrow = rosaq::cuda::WarpgroupTile<T, kBits, 32>;
+        using Wide = rosaq::cuda::WarpgroupTile<T, kBits, 64>;
+        return tokens == 32 ? instance<Narrow, rosaq::cuda::warpgroup_gemm_kernel<Narrow>>()
+                            : instance<Wide, rosaq::cuda::warpgroup_gemm_kernel<Wide>>();
+    }
     if (tokens == 8)
         return symmetric ? instance_with_few<Tile<T, kBits, true, 1>>()
                          : instance_with_few<Tile<T, kBits, false, 1>>();
