@@ -25,24 +25,24 @@ class GridBarrier {
     }
 
     ROSAQ_DEVICE void wait() {
-        wait_alone();
+        if (threadIdx.x == 0) wait_alone();
         __syncthreads();
     }
 
-    // For the first `threads` threads of the block only, which have a named barrier.
-    ROSAQ_DEVICE void wait_part(int barrier, int threads) {
-        wait_alone();
+    // For `threads` neighbouring threads, of which `number` such groups come before and which have a named
+    // barrier; to be called after a __syncthreads that follows arrive().
+    ROSAQ_DEVICE void wait_part(int number, int threads, int barrier) {
+        if (static_cast<int>(threadIdx.x) == number * threads) wait_alone();
         ptx::bar_sync(barrier, threads);
     }
 
   private:
     ROSAQ_DEVICE void wait_alone() {
-        if (threadIdx.x != 0) return;
         const int generation = *kept_generation();
         while (ptx::ld_acquire(counters_ + kBarrierGeneration) == generation) ptx::nanosleep(32);
     }
 
-    // Of thread 0 only, between arriving and waiting: not in a register, which the main loop needs.
+    // Between arriving and waiting: not in a register, which the main loop needs.
     ROSAQ_DEVICE static int* kept_generation() {
         ROSAQ_SHARED(s_generation, int);
         return &s_generation;

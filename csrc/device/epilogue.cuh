@@ -64,18 +64,17 @@ ROSAQ_DEVICE float* partial_sums(const GemmParams& p, int slot) {
     return p.partials + static_cast<int64_t>(slot) * Tile::kTokens * Tile::kRows;
 }
 
-// y of a row tile = what its contributors left + bias. Shared out over `threads` threads anew, four rows of a
-// token each: with one token only a few lanes have sums in their registers.
+// y of a row tile = what its contributors left + bias. Shared out over the block's threads anew, four rows of
+// a token each: with one token only a few lanes have sums in their registers.
 template <class Tile>
-ROSAQ_DEVICE void add_partials(const GemmParams& p, int row_tile, const Contributors& c, int thread,
-                               int threads) {
+ROSAQ_DEVICE void add_partials(const GemmParams& p, int row_tile, const Contributors& c) {
     using T = typename Tile::T;
     constexpr int kQuads = Tile::kRows / 4, kAtOnce = 8;
     constexpr int64_t kNext = int64_t{2} * Tile::kTokens * Tile::kRows;
     // All but the first begin inside the row tile, so their slots are two apart.
     const float* first = partial_sums<Tile>(p, 2 * c.first + 1);
     const float* others = partial_sums<Tile>(p, 2 * c.first);
-    for (int i = thread; i < p.m * kQuads; i += threads) {
+    for (int i = static_cast<int>(threadIdx.x); i < p.m * kQuads; i += Tile::kThreads) {
         const int token = i / kQuads, row = row_tile * Tile::kRows + i % kQuads * 4;
         if (row >= p.n) continue;  // n is a multiple of 8: four rows are inside or outside together
         float4 sum = __ldcg(reinterpret_cast<const float4*>(first) + i);
@@ -122,8 +121,7 @@ ROSAQ_DEVICE void finish_row_tile(const GemmParams& p, int row_tile,
             if (s_is_last) *counter = 0;  // ready for the next launch
         }
         __syncthreads();
-        if (s_is_last)
-            add_partials<Tile>(p, row_tile, contributors, static_cast<int>(threadIdx.x), Tile::kThreads);
+        if (s_is_last) add_partials<Tile>(p, row_tile, contributors);
         return;
     }
     store_y<Tile>(p, row_tile, acc, at);

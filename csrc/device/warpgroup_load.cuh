@@ -8,7 +8,7 @@
 #if ROSAQ_SM90A
 namespace rosaq::cuda {
 
-constexpr int kLoaderBarrier = 2;  // named barrier of this warpgroup
+constexpr int kLoaderBarrier = 2;  // and the next: named barriers of the halves of this warpgroup
 
 // One thread's copies of K-tiles of low-bit weights, in any order.
 template <class Tile>
@@ -25,7 +25,7 @@ ROSAQ_DEVICE void copy_weights(const GemmParams& p, const Cursor& at, unsigned c
                            arrived);
 }
 
-// A thread's pieces of one K-tile of x: 8 k of every eighth token, on their way through registers.
+// A thread's pieces of one K-tile of x: 8 k of every fourth token, on their way through registers.
 //
 // A lane of the MMA holds 8 neighbouring k of every 32 (layout_cuda.h), two in each of (step, half of its k);
 // wgmma reads from shared memory instead, so pairs of k are written to where the lane would have them: pair
@@ -34,15 +34,16 @@ template <class Tile>
 class XPieces {
   public:
     using T = typename Tile::T;
-    static constexpr int kRounds = Tile::kTokens / 8, kChunks = kBlockK / 8;
+    static constexpr int kChunks = kBlockK / 8, kStep = Tile::kLoaderThreads / kChunks;
+    static constexpr int kRounds = Tile::kTokens / kStep;
 
     ROSAQ_DEVICE void load(const GemmParams& p, int k_tile) {
-        const int thread = static_cast<int>(threadIdx.x), chunk = thread % kChunks;
+        const int thread = static_cast<int>(threadIdx.x) % Tile::kLoaderThreads, chunk = thread % kChunks;
         const int k = k_tile * kBlockK + chunk * 8;
         const T* from = static_cast<const T*>(p.t != nullptr ? p.t : p.x) + k;
 #pragma unroll
         for (int i = 0; i < kRounds; ++i) {
-            const int token = thread / kChunks + i * 8;
+            const int token = thread / kChunks + i * kStep;
             held_[i] = make_uint4(0, 0, 0, 0);
             if (token < p.m && k < p.k)
                 held_[i] = *reinterpret_cast<const uint4*>(from + static_cast<int64_t>(token) * p.k);
@@ -50,14 +51,14 @@ class XPieces {
     }
 
     ROSAQ_DEVICE void store(unsigned char* x) const {
-        const int thread = static_cast<int>(threadIdx.x), chunk = thread % kChunks;
+        const int thread = static_cast<int>(threadIdx.x) % Tile::kLoaderThreads, chunk = thread % kChunks;
         unsigned char* to = x + chunk / 4 * Tile::kPartBytes + thread / kChunks * kLoadBytes + chunk % 4 * 4;
 #pragma unroll
         for (int i = 0; i < kRounds; ++i) {
             const uint32_t pairs[4] = {held_[i].x, held_[i].y, held_[i].z, held_[i].w};
 #pragma unroll
             for (int j = 0; j < 4; ++j)
-                *reinterpret_cast<uint32_t*>(to + j * Tile::kPieceBytes + i * 8 * kLoadBytes) = pairs[j];
+                *reinterpret_cast<uint32_t*>(to + j * Tile::kPieceBytes + i * kStep * kLoadBytes) = pairs[j];
         }
     }
 
@@ -76,8 +77,9 @@ ROSAQ_DEVICE void gather_pieces(const GemmParams& p, int col0, unsigned char* x)
     const int k = col < p.r && p.salient_index != nullptr ? p.salient_index[col] : 0;
     const bool exists = k >= 0 && k < p.k;
     unsigned char* to = x + at.lane % 8 / 2 * Tile::kPieceBytes + at.lane / 8 * 4 + at.lane % 2 * 2;
-#pragma unroll 8
-    for (int token = at.warp; token < Tile::kTokens; token += 4) {
+    constexpr int kWarps = Tile::kLoaderThreads / kLanes;
+#pragma unroll 16  // loads under way together
+    for (int token = at.warp % kWarps; token < Tile::kTokens; token += kWarps) {
         T value = Number<T>::from_float(0.0f);
         if (token < p.m && col < p.r) {
             if (p.salient_index != nullptr) {
@@ -93,12 +95,19 @@ ROSAQ_DEVICE void gather_pieces(const GemmParams& p, int col0, unsigned char* x)
     }
 }
 
+// Half of the warpgroup, for every other K-tile. Handing over means waiting for all loads of a thread, so the
+// halves wait in turns.
 template <class Tile>
 class Loader {
   public:
     ROSAQ_DEVICE Loader(const GemmParams& p, const StageRing<Tile>& ring, GridBarrier& grid,
-                        const Cursor& start, int tiles)
-        : p_(p), ring_(ring), grid_(grid), now_(start), tiles_(tiles) {}
+                        const Cursor& start)
+        : p_(p),
+          ring_(ring),
+          grid_(grid),
+          now_(start),
+          half_(static_cast<int>(threadIdx.x) / Tile::kLoaderThreads),
+          leads_(static_cast<int>(threadIdx.x) % Tile::kLoaderThreads == 0) {}
 
     // By one thread: the weights of as many K-tiles as the ring has stages, before anything is waited for.
     ROSAQ_DEVICE static void start_weights(const GemmParams& p, const StageRing<Tile>& ring, Cursor at,
@@ -109,62 +118,46 @@ class Loader {
         }
     }
 
-    ROSAQ_DEVICE void run() {
-        while (tiles_ > 0) {
-            const int of_row_tile = min(tiles_, p_.schedule.k_tiles - now_.k_tile);
-            const int low_bit = min(of_row_tile, max(p_.k_blocks - now_.k_tile, 0));
-            if (low_bit > 0) bring_low_bit(low_bit);
-            for (int i = low_bit; i < of_row_tile; ++i) bring_salient();
-            tiles_ -= of_row_tile;
-            now_.k_tile = 0, ++now_.row_tile;
+    ROSAQ_DEVICE void run(int tiles) {
+        for (int i = 0; i < tiles; ++i) {
+            if (i % Tile::kLoaders == half_) bring(i >= Tile::kStages);
+            now_.advance(p_.schedule);
+            place_.advance();
         }
     }
 
   private:
-    // Two K-tiles of x are on their way at a time.
-    ROSAQ_DEVICE void bring_low_bit(int tiles) {
-        XPieces<Tile> even, odd;
-        even.load(p_, now_.k_tile);
-        for (int left = tiles; left > 0; left -= 2) {
-            if (left > 1) odd.load(p_, now_.k_tile + 1);
-            bring(even);
-            if (left == 1) break;
-            if (left > 2) even.load(p_, now_.k_tile + 1);
-            bring(odd);
-        }
-    }
-
-    ROSAQ_DEVICE void bring(const XPieces<Tile>& x) {
+    ROSAQ_DEVICE void bring(bool is_reused) {
         const int stage = place_.stage;
-        if (brought_ >= Tile::kStages) {
-            wait_for(ring_.is_free(stage), place_.parity ^ 1);
-            if (threadIdx.x == 0)
-                copy_weights<Tile>(p_, now_, ring_.weights(stage), ring_.has_weights(stage));
+        if (now_.k_tile < p_.k_blocks) {
+            XPieces<Tile> x;
+            x.load(p_, now_.k_tile);
+            if (is_reused) {
+                wait_for(ring_.is_free(stage), place_.parity ^ 1);
+                if (leads_) copy_weights<Tile>(p_, now_, ring_.weights(stage), ring_.has_weights(stage));
+            }
+            x.store(ring_.x(stage));
+        } else {
+            if (is_reused) wait_for(ring_.is_free(stage), place_.parity ^ 1);
+            if (leads_) ptx::mbarrier_arrive(ring_.has_weights(stage));
+            bring_salient(stage);
         }
-        x.store(ring_.x(stage));
-        hand_over();
+        ptx::fence_proxy_async();  // wgmma reads what was written here
+        ptx::mbarrier_arrive(ring_.has_x(stage));
     }
 
-    ROSAQ_DEVICE void bring_salient() {
-        const Lane at;
-        const int stage = place_.stage, col0 = (now_.k_tile - p_.k_blocks) * kSalientCols;
-        if (brought_ >= Tile::kStages) wait_for(ring_.is_free(stage), place_.parity ^ 1);
-        if (threadIdx.x == 0) ptx::mbarrier_arrive(ring_.has_weights(stage));
-        fetch_salient(p_, ring_.weights(stage) + at.warp * Tile::kSalientRecordBytes,
-                      now_.row_tile * kSlabRows + at.warp * kRecordRows, col0);
+    ROSAQ_DEVICE void bring_salient(int stage) {
+        constexpr int kWarps = Tile::kLoaderThreads / kLanes;
+        const int col0 = (now_.k_tile - p_.k_blocks) * kSalientCols;
+        for (int record = Lane().warp % kWarps; record < kSlabRecords; record += kWarps)
+            fetch_salient(p_, ring_.weights(stage) + record * Tile::kSalientRecordBytes,
+                          now_.row_tile * kSlabRows + record * kRecordRows, col0);
         ptx::cp_async_commit();
         // At the first such tile; later ones find it done.
-        if (p_.schedule.projection_parts != 0) grid_.wait_part(kLoaderBarrier, Tile::kGroupThreads);
+        if (p_.schedule.projection_parts != 0)
+            grid_.wait_part(half_, Tile::kLoaderThreads, kLoaderBarrier + half_);
         gather_pieces<Tile>(p_, col0, ring_.x(stage));
         ptx::cp_async_wait<0>();
-        hand_over();
-    }
-
-    ROSAQ_DEVICE void hand_over() {
-        ptx::fence_proxy_async();  // wgmma reads what was written here
-        ptx::mbarrier_arrive(ring_.has_x(place_.stage));
-        ++now_.k_tile, ++brought_;
-        place_.advance();
     }
 
     const GemmParams& p_;
@@ -172,7 +165,8 @@ class Loader {
     GridBarrier& grid_;
     Cursor now_;
     StagePlace<Tile> place_;
-    int tiles_, brought_ = 0;
+    int half_;
+    bool leads_;
 };
 
 }  // namespace rosaq::cuda

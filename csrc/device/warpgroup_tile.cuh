@@ -1,8 +1,8 @@
 // The share of a block of warpgroups, and where things lie in its shared memory (sm_90a).
 //
-// One warpgroup brings x, two multiply. A K-tile is the 128 rows x 128 k of a slab, as in the other kernels;
-// of every record's two MMA row tiles each multiplying warpgroup has one, so both read the same x and no
-// weight is decoded twice.
+// One warpgroup brings x, its halves taking turns; two multiply. A K-tile is the 128 rows x 128 k of a slab,
+// as in the other kernels; of every record's two MMA row tiles each multiplying warpgroup has one, so both
+// read the same x and no weight is decoded twice.
 #pragma once
 
 #include "ptx_wgmma.cuh"
@@ -18,6 +18,7 @@ struct WarpgroupTile {
     static constexpr int kGroupThreads = 128, kConsumers = 2;
     static constexpr int kThreads = (1 + kConsumers) * kGroupThreads, kWarps = kThreads / kLanes,
                          kConsumerWarps = kWarps - 4;
+    static constexpr int kLoaders = 2, kLoaderThreads = kGroupThreads / kLoaders;
     static constexpr int kRows = kSlabRows;
     // Registers of a thread: as launched, and when each warpgroup knows its part. They come out of what the
     // block was given; asking for one too many waits forever.
@@ -65,7 +66,7 @@ class StageRing {
     ROSAQ_DEVICE void init() const {
         for (int stage = 0; stage < Tile::kStages; ++stage) {
             ptx::mbarrier_init(has_weights(stage), 1);
-            ptx::mbarrier_init(has_x(stage), Tile::kGroupThreads);
+            ptx::mbarrier_init(has_x(stage), Tile::kLoaderThreads);
             ptx::mbarrier_init(is_free(stage), Tile::kConsumerWarps);
         }
         ptx::fence_mbarrier_init();

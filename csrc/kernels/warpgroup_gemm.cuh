@@ -36,13 +36,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) warpgroup_gemm_kernel(const
     if (schedule.projection_parts != 0) {
         project<Tile>(p, s_sums, Lane());
         grid.arrive();
+        __syncthreads();
     }
 
     // The same for all lanes, which the compiler has to see before it lets products overlap.
     const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / Tile::kGroupThreads, 0);
     if (group == 0) {
         ptx::fewer_registers<Tile::kLoaderRegisters>();
-        Loader<Tile>(p, ring, grid, start, tiles).run();
+        Loader<Tile>(p, ring, grid, start).run(tiles);
         return;
     }
     ptx::more_registers<Tile::kConsumerRegisters>();
