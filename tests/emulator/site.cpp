@@ -14,8 +14,8 @@ namespace {
 
 // Where an instruction is wrapped, not where it is used.
 bool is_wrapper(const std::string& file) {
-    for (const char* name : {"ptx.cuh", "cuda_vocabulary.h", "emulator.h", "cuda_fp16.h", "cuda_fp16.hpp",
-                             "cuda_bf16.h", "cuda_bf16.hpp", "vector_functions.hpp"})
+    for (const char* name : {"ptx.cuh", "ptx_wgmma.cuh", "cuda_vocabulary.h", "emulator.h", "cuda_fp16.h",
+                             "cuda_fp16.hpp", "cuda_bf16.h", "cuda_bf16.hpp", "vector_functions.hpp"})
         if (file == name) return true;
     return false;
 }

@@ -1,4 +1,4 @@
-"""What the wrappers of csrc/device/ptx.cuh must do, read from the PTX ISA a second time, in numpy.
+"""What the wrappers of csrc/device/ptx*.cuh must do, read from the PTX ISA a second time, in numpy.
 
 Each case has random inputs and the outputs that the ISA asks for, as uint32 words. The same kernels run under the
 emulator and on a GPU; test_conformance.py compares the three, and with what GPUs gave before.
@@ -27,6 +27,7 @@ class Case:
     expected: Callable[[Words], Words]
     is_exact: bool = True  # else float32 sums, compared by test_conformance.py
     needs_sm: int = 80
+    only_sm: bool = False  # on no later one either: instructions of sm_90a end with it
 
     def make(self, name: str) -> tuple[Words, Words]:
         words = self.inputs(np.random.default_rng(zlib.crc32(name.encode())))
@@ -111,6 +112,45 @@ def mma(is_bf16: bool) -> Callable[[Words], Words]:
         return out.reshape(-1).view(np.uint32)
 
     return expected
+
+
+def wgmma_inputs(
+    is_bf16: bool, draw: Callable[[Generator, int], npt.NDArray[np.float64]], scale: float
+) -> Callable[[Generator], Words]:
+    def make(random: Generator) -> Words:
+        a = to_16(draw(random, 128 * 16), is_bf16).view(np.uint32)
+        b = to_16(draw(random, 2 * 64 * 16) * scale, is_bf16).view(np.uint32)
+        return np.concatenate([a, b, draw(random, 128 * 16).astype(np.float32).view(np.uint32)])
+
+    return make
+
+
+def wgmma(is_bf16: bool) -> Callable[[Words], Words]:
+    def expected(given: Words) -> Words:
+        """Figures of wgmma.m64nNk16: row 16 warp + group (+ 8), where lane = 4 * group + member."""
+        thread, i = np.arange(128)[:, None], np.arange(8)[None]
+        row = thread // 32 * 16 + thread % 32 // 4 + np.where(i // 2 % 2 == 1, 8, 0)
+        column = thread % 4 * 2 + i % 2 + np.where(i >= 4, 8, 0)
+        a = np.zeros((2, 64, 16))
+        halves = from_16(given[:1024].view(np.uint16), is_bf16).reshape(128, 2, 8)  # a0 .. a7
+        for step in range(2):
+            a[step, row, column] = halves[:, step]
+        b = from_16(given[1024:2048].view(np.uint16), is_bf16).reshape(2, 64, 16)
+        products = a[0] @ b[0].T + a[1] @ b[1].T, a[1] @ b[1, 32:].T
+        out = []
+        for product, sums in zip(products, (None, given[2048:].view(np.float32).reshape(128, 16)), strict=True):
+            i = np.arange(product.shape[1] // 2)[None]  # d0 and on
+            row = thread // 32 * 16 + thread % 32 // 4 + i // 2 % 2 * 8
+            column = i // 4 * 8 + thread % 4 * 2 + i % 2
+            out.append(product[row, column] + (0 if sums is None else sums))
+        return np.concatenate(out, axis=1).astype(np.float32).reshape(-1).view(np.uint32)
+
+    return expected
+
+
+def registers(given: Words) -> Words:
+    kept = given.reshape(128, 8) * np.uint32(3) + np.arange(8, dtype=np.uint32)
+    return (kept ^ np.roll(kept, -1, axis=1)).reshape(-1)
 
 
 def integers(random: Generator, count: int) -> npt.NDArray[np.float64]:
@@ -266,6 +306,7 @@ MMA = ("mma_m16n8k16", "mma_m16n8k16_first")
 PAIR = ("hfma2", "__hadd2", "__hsub2", "__hmul2")
 SHUFFLES = tuple(f"__{n}_sync" for n in ("shfl", "shfl_up", "shfl_down", "shfl_xor", "ballot", "any", "all"))
 GLOBAL = ("ld_acquire", "st_release", "red_add_release", "atom_add_acq_rel", "fence_acq_rel_gpu", "nanosleep")
+WGMMA = ("wgmma_fence", "at", "wgmma_m64k16", "wgmma_commit", "wgmma_wait", "fence_proxy_async")
 MBARRIER = tuple(f"mbarrier_{n}" for n in ("init", "arrive", "arrive_expect_tx", "try_wait_parity"))
 
 CASES = {
@@ -290,4 +331,12 @@ CASES = {
         lambda given: given + np.uint32(1),
         needs_sm=90,
     ),
+    # Half the size, since twice the terms of an mma have to meet its limit.
+    "wgmma_f16": Case(
+        WGMMA, wgmma_inputs(False, normals, 0.5), wgmma(False), is_exact=False, needs_sm=90, only_sm=True
+    ),
+    "wgmma_bf16": Case(WGMMA, wgmma_inputs(True, normals, 0.5), wgmma(True), is_exact=False, needs_sm=90, only_sm=True),
+    "wgmma_f16_integers": Case(WGMMA, wgmma_inputs(False, integers, 1), wgmma(False), needs_sm=90, only_sm=True),
+    "wgmma_bf16_integers": Case(WGMMA, wgmma_inputs(True, integers, 1), wgmma(True), needs_sm=90, only_sm=True),
+    "registers": Case(("fewer_registers", "more_registers"), words(1024), registers, needs_sm=90, only_sm=True),
 }

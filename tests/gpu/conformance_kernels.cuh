@@ -1,9 +1,10 @@
-// One small kernel for each group of wrappers in csrc/device/ptx.cuh, and for the CUDA words that the
+// One small kernel for each group of wrappers in csrc/device/ptx*.cuh, and for the CUDA words that the
 // emulator defines itself. Words in, words out; conformance.py says what must come out. Run on a GPU and
 // under the emulator.
 #pragma once
 
 #include "device/ptx.cuh"
+#include "device/ptx_wgmma.cuh"
 
 namespace conformance {
 
@@ -217,6 +218,68 @@ static __global__ void bulk_kernel(const uint32_t* in, uint32_t* out) {
 #endif
 }
 
+// 128 threads. in: fragments a [128, 2, 4]; b [2, 64, 16], 16-bit; sums [128, 16]. out [128, 48]: a0 b0^T +
+// a1 b1^T with all 64 rows of b, then sums + a1 b1^T with the last 32.
+template <class T>
+__global__ void wgmma_kernel(const uint32_t* in, uint32_t* out) {
+#if ROSAQ_SM90A
+    ROSAQ_DYN_SMEM(smem);
+    // Gaps of different sizes behind 8 rows, 8 k and 16 k, and none of the steps a multiple of 128.
+    constexpr int kStart = 16, kNStep = 128 + 16, kKStep = 8 * kNStep + 48, kMatrix = 2 * kKStep + 16;
+    const int t = threadIdx.x;
+    for (int i = t; i < 1024; i += 128) {
+        const int number = i / 512, row = i / 8 % 64, pair = i % 8;
+        const int piece = number * kMatrix + row / 8 * kNStep + pair / 4 * kKStep;
+        *reinterpret_cast<uint32_t*>(smem + kStart + piece + row % 8 * 16 + pair % 4 * 4) = in[1024 + i];
+    }
+    ptx::fence_proxy_async();
+    __syncthreads();
+
+    uint32_t a[2][4];
+    float both[32], last[16];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) a[i / 4][i % 4] = in[t * 8 + i];
+#pragma unroll
+    for (int i = 0; i < 32; ++i) both[i] = __uint_as_float(0x7fffffffu);  // NaN, which nothing may add
+#pragma unroll
+    for (int i = 0; i < 16; ++i) last[i] = __uint_as_float(in[2048 + t * 16 + i]);
+    const ptx::WgmmaMatrix b(smem + kStart, kKStep, kNStep);
+    ptx::settle(a);
+    ptx::settle(both);
+    ptx::settle(last);
+    ptx::wgmma_fence();
+    ptx::wgmma_m64k16<T, 64>(both, a[0], b, false);
+    ptx::wgmma_m64k16<T, 64>(both, a[1], b.at(kMatrix), true);
+    ptx::wgmma_commit();
+    ptx::wgmma_m64k16<T, 32>(last, a[1], b.at(kMatrix + 4 * kNStep), true);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>();
+#pragma unroll
+    for (int i = 0; i < 32; ++i) out[t * 48 + i] = __float_as_uint(both[i]);
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < 16; ++i) out[t * 48 + 32 + i] = __float_as_uint(last[i]);
+#endif
+}
+
+// 128 threads, launched with 168 registers each as if they were a third of a block: the warpgroup gives most
+// of them back and takes them again, and what the rest held is still there.
+static __global__ void __launch_bounds__(128, 3) registers_kernel(const uint32_t* in, uint32_t* out) {
+#if ROSAQ_SM90A
+    const int t = threadIdx.x;
+    uint32_t kept[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) kept[i] = in[t * 8 + i];
+    ptx::fewer_registers<40>();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) kept[i] = kept[i] * 3u + static_cast<uint32_t>(i);
+    __syncthreads();  // the ISA wants the warps to meet between two of these
+    ptx::more_registers<168>();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[t * 8 + i] = kept[i] ^ kept[(i + 1) % 8];
+#endif
+}
+
 struct Case {
     const char* name;
     void (*kernel)(const uint32_t*, uint32_t*);
@@ -239,6 +302,11 @@ constexpr Case kCases[] = {
     {"named_barrier", named_barrier_kernel, 1, 96, 0},
     {"dependent_launch", dependent_launch_kernel, 1, 64, 0},
     {"bulk", bulk_kernel, 1, 64, 128},
+    {"wgmma_f16", wgmma_kernel<__half>, 1, 128, 4768},
+    {"wgmma_bf16", wgmma_kernel<__nv_bfloat16>, 1, 128, 4768},
+    {"wgmma_f16_integers", wgmma_kernel<__half>, 1, 128, 4768},
+    {"wgmma_bf16_integers", wgmma_kernel<__nv_bfloat16>, 1, 128, 4768},
+    {"registers", registers_kernel, 1, 128, 0},
 };
 
 }  // namespace conformance

@@ -14,6 +14,7 @@
 #include "gemm.cuh"
 #include "misuse.cuh"
 #include "ring.cuh"
+#include "warpgroup.cuh"
 
 #undef threadIdx
 
@@ -144,6 +145,22 @@ void run_bf16(const LaunchOptions& options, int threads) {
     }
 }
 
+template <WgmmaBug kBug>
+void run_wgmma(const LaunchOptions& options) {
+    DeviceArray<__half> a(64 * 16, "a", Access::kIn), b(32 * 16, "b", Access::kIn);
+    DeviceArray<float> out(2 * 64 * 32, "out", Access::kOut);
+    for (size_t i = 0; i < a.size(); ++i) a[i] = __float2half_rn(static_cast<float>(i % 11) - 5.0f);
+    for (size_t i = 0; i < b.size(); ++i) b[i] = __float2half_rn(static_cast<float>(i % 7) - 3.0f);
+    emu::launch(wgmma_kernel<kBug>, dim3(1), dim3(kWgmmaThreads), kWgmmaSmemBytes, options, a.data(),
+                b.data(), out.data());
+    for (int i = 0; i < 2 * 64 * 32; ++i) {
+        double want = 0;
+        for (int k = 0; k < 16; ++k)
+            want += __half2float(a[i / 32 % 64 * 16 + k]) * __half2float(b[i % 32 * 16 + k]);
+        require_close(out[i], (1 + i / (64 * 32)) * want, 0, "out[" + std::to_string(i) + "]");
+    }
+}
+
 void run_count(const LaunchOptions& options, int largest, int shift, int index) {
     DeviceArray<int> values(100, "values", Access::kIn), counts(8, "counts", Access::kOut);
     for (int i = 0; i < 100; ++i) values[i] = i == 50 ? largest : i % 8;
@@ -202,6 +219,14 @@ const std::map<std::string, Case>& cases() {
         {"forward wait too few blocks", [](const LaunchOptions& o) { run_forward_wait(o, 1); }},
         {"bf16", [](const LaunchOptions& o) { run_bf16(o, 32); }},
         {"bf16 half a warp", [](const LaunchOptions& o) { run_bf16(o, 16); }},
+        {"wgmma", run_wgmma<WgmmaBug::kNone>},
+        {"wgmma no wait", run_wgmma<WgmmaBug::kNoWait>},
+        {"wgmma short wait", run_wgmma<WgmmaBug::kShortWait>},
+        {"wgmma no barrier", run_wgmma<WgmmaBug::kNoBarrier>},
+        {"wgmma global", run_wgmma<WgmmaBug::kGlobal>},
+        {"wgmma past end", run_wgmma<WgmmaBug::kPastEnd>},
+        {"wgmma unaligned", run_wgmma<WgmmaBug::kUnaligned>},
+        {"wgmma divergent", run_wgmma<WgmmaBug::kDivergent>},
         {"misuse none", run_misuse<Misuse::kNone>},
         {"misuse stale load", run_misuse<Misuse::kStaleLoad>},
         {"misuse write input", run_misuse<Misuse::kWriteInput>},
