@@ -3,7 +3,8 @@
 #
 #   benchmarks/run_gpu.sh OUT [PART ...]
 #
-# Parts: check (tests and sanitizers, side by side), profile, speed; all of them where none is named. Leaves logs, JSON,
+# Parts: check (tests and sanitizers, side by side), profile, speed; all of them where none is named, none of them where a
+# first quick test fails. Leaves logs, JSON,
 # the golden vectors of the conformance tests and a summary in OUT. Uses the python on PATH (set PYTHON for another),
 # which needs a torch that sees the GPU; nvcc must be there. Exits non-zero if a step failed, after having run the others.
 set -uo pipefail
@@ -34,6 +35,13 @@ export ROSAQ_CUDA_ARCHS=$arch ROSAQ_BUILD=cuda
 step build 240 "$python" setup.py build_ext --inplace
 export PYTHONPATH=$PWD:${PYTHONPATH:-}
 
+# A kernel that hangs would take the time of everything after it.
+step quick 60 "$python" -m pytest -q -x tests/gpu/test_ops_gpu.py -k identity
+if grep -q quick "$failed"; then
+    tail -n 20 "$out/quick.log"
+    exit 1
+fi
+
 if [[ $parts == *" check "* ]]; then
     step conformance 90 "$python" -m pytest -q -m gpu tests/gpu/test_conformance.py &
     step ops 150 "$python" -m pytest -q -n 6 tests/gpu/test_ops_gpu.py &
@@ -50,11 +58,11 @@ if [[ $parts == *" check "* ]]; then
     [ -d tests/gpu/golden ] && cp -r tests/gpu/golden "$out/"
 fi
 if [[ $parts == *" profile "* ]]; then
-    step profile 100 ncu --clock-control none --set full -k regex:fused_gemm_kernel \
+    step profile 100 ncu --clock-control none --set full -k regex:gemm_kernel \
         "$python" benchmarks/bench_gemm.py --once --shapes 4096x4096 8192x8192 --m 1 16 64
 fi
 if [[ $parts == *" speed "* ]]; then
-    step gemm 200 "$python" benchmarks/bench_gemm.py --out "$out/gemm.json" --m 1 8 16 32 64 128 256
+    step gemm 200 "$python" benchmarks/bench_gemm.py --out "$out/gemm.json" --m 1 8 16 24 64 128 256
     # In a process of their own: a rival that breaks the device must not cost the rest.
     step rivals 200 "$python" benchmarks/bench_gemm.py --rivals --out "$out/rivals.json" --m 1 16 64
     step decode 150 "$python" benchmarks/bench_decode_gpu.py --out "$out/decode.json"
