@@ -137,6 +137,24 @@ def test_any_warp_of_the_kernel_for_a_few_tokens_may_take_salient_channels(
         assert_as_good_as(y, linear.plain(x), want(linear, x))
 
 
+@pytest.mark.parametrize("mode", ["plain", "checked"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("basis_dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k", "r"), [(1, 1440, 2), (8, 416, 8), (5, 128, 1), (3, 2112, 3), (8, 256, 9)])
+def test_few_tokens_with_a_basis_of_few_directions(
+    m: int, k: int, r: int, basis_dtype: torch.dtype, dtype: torch.dtype, mode: str
+) -> None:
+    """The last has a direction too many, and goes the long way."""
+    linear, x = make_linear(72, k, 3, 32, symmetric=False), make_x(m, k, str(dtype).removeprefix("torch."))
+    linear.extras |= {
+        "salient_weight": torch.randn(72, r).to(basis_dtype),
+        "salient_basis": torch.linalg.qr(torch.randn(k, r)).Q.to(basis_dtype),
+        "bias": torch.randn(72),
+    }
+    y = EmulatedLinear(linear, mode).run(x, Options(seed=1, completion="lazy"))
+    assert_as_good_as(y, linear.plain(x), want(linear, x))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zeros_up_to_255_are_exact(dtype: torch.dtype) -> None:
     linear = make_linear(16, 64, 4, 32, symmetric=False)

@@ -12,6 +12,7 @@ namespace rosaq::cuda {
 constexpr int kMaxTokens = 64;  // of one launch: eight MMA tiles of 8 tokens
 // The kernel for a few tokens: warps of a block at most, and stages of a warp's ring.
 constexpr int kFewTokens = 8, kFewMaxWarps = 16, kFewStages = 3;
+constexpr int kFewDirections = 8;  // of a salient basis that it takes
 constexpr int kSalientCols = 32;  // salient directions of one K-tile
 
 // Rotations that a block can apply to its own slice of x: one shared matrix of 32, 64 or 128.

@@ -1,11 +1,14 @@
-// y[m,n] = x W^T + s C^T + bias for up to 8 tokens, without rotation or basis: text as it is generated.
+// y[m,n] = x W^T + s C^T + bias for up to 8 tokens, without a rotation: text as it is generated.
 //
 // A launch lasts a few microseconds, so nothing waits for anything it does not need. The warps of a block
 // share 32 rows and take turns over the K-tiles, each with a ring of its own for the weights; x is read where
-// it is used. They meet once, to add up, and no other block has a part of their rows.
+// it is used. They meet once, to add up, and no other block has a part of their rows. Every block projects x
+// on a salient basis by itself, each warp the k that it has anyway: a few columns cost less than waiting for
+// them.
 #pragma once
 
 #include "../device/epilogue.cuh"
+#include "../device/few_directions.cuh"
 #include "../device/load.cuh"
 #include "../device/multiply_halves.cuh"
 
@@ -104,6 +107,8 @@ __global__ void __launch_bounds__(kFewMaxWarps* kLanes, 1) few_tokens_kernel(con
     }
     Accumulator<1> acc;
     acc.clear();
+    float s_part[4] = {};
+    const bool projects = p.salient_basis.data != nullptr;
     int stage = 0, free_stage = kAhead;
     for (int tile = at.warp; tile < tiles; tile += warps) {
         HeldX<T> x;
@@ -125,6 +130,7 @@ __global__ void __launch_bounds__(kFewMaxWarps* kLanes, 1) few_tokens_kernel(con
             rows.add(acc.sum[0][0], acc.sum[1][0], 1, s.step[1]);
         } else {
             multiply_record<Tile>(p, from, x, acc, at);
+            if (projects) project_few<T>(p, tile, x, s_part, at);
         }
         free_stage = stage;
         stage = stage + 1 == kFewStages ? 0 : stage + 1;
@@ -139,6 +145,14 @@ __global__ void __launch_bounds__(kFewMaxWarps* kLanes, 1) few_tokens_kernel(con
     for (int e = 0; e < 2; ++e)
         sums[at.warp * quad_step + (at.tid * 2 + e) * kQuads + at.gid] =
             make_float4(acc.sum[0][0][e], acc.sum[0][0][2 + e], acc.sum[1][0][e], acc.sum[1][0][2 + e]);
+    // Behind a warp's sums [token][row] its part of s, [token][direction].
+    constexpr int kSumQuads = kFewTokens * kQuads, kDirectionQuads = kFewDirections / 4;
+    static_assert((kSumQuads + kFewTokens * kDirectionQuads) * 16 <= kFewStages * Tile::kWarpBytes,
+                  "both fit where the weights were");
+    if (projects)
+        reinterpret_cast<float2*>(sums + at.warp * quad_step +
+                                  kSumQuads)[at.gid * (kFewDirections / 2) + at.tid] =
+            make_float2(s_part[0], s_part[1]);
     __syncthreads();
     const int i = static_cast<int>(threadIdx.x), row = record * kRecordRows + i % kQuads * 4;
     if (i >= p.m * kQuads || row >= p.n) return;
@@ -148,6 +162,16 @@ __global__ void __launch_bounds__(kFewMaxWarps* kLanes, 1) few_tokens_kernel(con
     for (int warp = 0; warp < warps; ++warp) {
         const float4 v = sums[warp * quad_step + i];
         values[0] += v.x, values[1] += v.y, values[2] += v.z, values[3] += v.w;
+    }
+    if (projects) {
+        float s[kFewDirections] = {};
+        for (int warp = 0; warp < warps; ++warp)
+#pragma unroll
+            for (int j = 0; j < kDirectionQuads; ++j) {
+                const float4 v = sums[warp * quad_step + kSumQuads + i / kQuads * kDirectionQuads + j];
+                s[4 * j] += v.x, s[4 * j + 1] += v.y, s[4 * j + 2] += v.z, s[4 * j + 3] += v.w;
+            }
+        add_few(p, row, s, values);
     }
     store_rows<T>(p, i / kQuads, row, values, bias);
 }

@@ -52,9 +52,20 @@ inline Problem problem_of(const FusedGemmArgs& a) {
             rotates_slices(a)};
 }
 
+// K-tiles of one row tile.
+inline int k_tiles_of(int64_t k, int64_t r) {
+    return static_cast<int>(ceil_div<int64_t>(k, kBlockK) + ceil_div<int64_t>(r, kSalientCols));
+}
+
 // Whether the kernel for a few tokens takes a call.
 inline bool is_few_tokens(const FusedGemmArgs& a) {
-    return a.m <= kFewTokens && a.rotation_size == 0 && a.salient_basis.data == nullptr;
+    const bool has_room = a.salient_basis.data == nullptr || a.r <= kFewDirections;
+    return a.m <= kFewTokens && a.rotation_size == 0 && has_room;
+}
+
+// K-tiles of one of its records: directions of a basis are no channels, and need none.
+inline int few_tokens_tiles(const FusedGemmArgs& a) {
+    return k_tiles_of(a.weight.k, a.salient_basis.data == nullptr ? a.r : 0);
 }
 
 // Whether the kernel of warpgroups takes a call, on a device that has them: with fewer tokens it would pad
@@ -89,11 +100,6 @@ constexpr int64_t least_tiles_per_block(int tokens, bool rotates_slices) {
 // What it costs a block to have parts of two row tiles instead of one, in K-tiles.
 constexpr int64_t kSecondRowTile = 2;
 constexpr int64_t kMaxProjectionParts = 16, kProjectionK = 512;
-
-// K-tiles of one row tile.
-inline int k_tiles_of(int64_t k, int64_t r) {
-    return static_cast<int>(ceil_div<int64_t>(k, kBlockK) + ceil_div<int64_t>(r, kSalientCols));
-}
 
 // The schedule of one launch of m <= shape.tokens tokens on a device that holds `resident` blocks at a time.
 inline Schedule make_schedule(const Problem& problem, const InstanceShape& shape, int resident) {

@@ -39,7 +39,7 @@ std::string text_of(const cuda::Problem& problem, const FusedGemmArgs& a, const 
     return out.str();
 }
 
-// Up to 8 tokens and nothing to be done to x first: no scratch, no counters.
+// Up to 8 tokens, no rotation and at most a few directions of a basis: no scratch, no counters.
 void run_few(FusedGemmCall& call, const CudaWeight& weight, Tensor& y, const DeviceFacts& facts,
              cudaStream_t stream) {
     const FusedGemmArgs& a = call.args;
@@ -48,7 +48,7 @@ void run_few(FusedGemmCall& call, const CudaWeight& weight, Tensor& y, const Dev
     ROSAQ_CHECK(instance != nullptr, kOp, ": x: got ", a.m, " tokens, for which no kernel was built");
     cuda::GemmParams p = cuda::params_of(a, weight.layout, weight.blob);
     p.m = static_cast<int>(a.m), p.x = a.x.data, p.y = y.mutable_data_ptr();
-    p.schedule.k_tiles = cuda::k_tiles_of(a.weight.k, a.r);
+    p.schedule.k_tiles = cuda::few_tokens_tiles(a);
     const int warps =
         cuda::few_tokens_warps(a.weight.n, facts.sms, instance->few_warp_bytes, facts.smem_per_block);
     const cudaError_t error = instance->launch_few(p, warps, stream);

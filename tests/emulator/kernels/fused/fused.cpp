@@ -59,7 +59,7 @@ void run_fused(const FusedGemmArgs& a, const uint8_t* blob, int* counters, int r
     GemmParams p = params_of(a, shape.layout, blob);
     if (is_few_tokens(a)) {
         p.m = static_cast<int>(a.m), p.x = a.x.data, p.y = a.y;
-        p.schedule.k_tiles = k_tiles_of(a.weight.k, a.r);
+        p.schedule.k_tiles = few_tokens_tiles(a);
         // As on a device of so many multiprocessors: few of them, and blocks have half of the warps.
         instance.launch_few(p, few_tokens_warps(a.weight.n, resident, 1, kFewMaxWarps), options);
         return;
