@@ -156,6 +156,21 @@ def test_few_tokens_with_a_basis_of_few_directions(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k", "b", "r"), [(1, 160, 32, 2), (9, 384, 128, 8), (16, 1408, 64, 1), (16, 416, 0, 5)])
+def test_blocks_rotate_and_project_their_own_slices(m: int, k: int, b: int, r: int, dtype: torch.dtype) -> None:
+    """Parts of s from blocks that share a row tile, and from those that have two."""
+    linear, x = make_linear(264, k, 3, 32, symmetric=False), make_x(m, k, str(dtype).removeprefix("torch."))
+    linear.extras |= {
+        "salient_weight": torch.randn(264, r).half(),
+        "salient_basis": torch.linalg.qr(torch.randn(k, r)).Q.half(),
+        "rotation": random_rotation(1, b) if b else None,
+    }
+    for mode, resident in (("plain", 1), ("checked", 2), ("plain", 12)):
+        y = EmulatedLinear(linear, mode).run(x, Options(seed=m, completion="lazy"), resident=resident)
+        assert_as_good_as(y, linear.plain(x), want(linear, x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_zeros_up_to_255_are_exact(dtype: torch.dtype) -> None:
     linear = make_linear(16, 64, 4, 32, symmetric=False)
     linear.zeros = torch.randint(0, 256, (16, 2), dtype=torch.uint8)

@@ -1,8 +1,10 @@
-// A salient basis of up to 8 directions, for up to 8 tokens: s = x U and s C^T beside the product, in the
-// kernel for a few tokens. Here the tokens are the MMA's 16 rows (the last 8 of them zero) and the directions
-// its columns.
+// A salient basis of up to 8 directions, for up to 16 tokens: every block projects the k that it multiplies,
+// and adds its part of s C^T. y is linear in s, so nobody has to wait for the sum over all of k.
+//
+// Here the tokens are the MMA's 16 rows and the directions its columns.
 #pragma once
 
+#include "load.cuh"
 #include "multiply.cuh"
 
 namespace rosaq::cuda {
@@ -15,24 +17,24 @@ ROSAQ_DEVICE uint32_t basis_bits(const GemmParams& p, int k, const Lane& at) {
     return bits16_in<T>(basis[static_cast<int64_t>(k) * p.r + at.gid], p.salient_basis.dtype);
 }
 
-// sum += x U over the 128 k of a tile: tokens gid, directions 2 tid and the next. x holds 8 k of every 32 for
-// token gid, as x(0, sub), and so does U for direction gid.
-template <class T, class X>
-ROSAQ_DEVICE void project_few(const GemmParams& p, int tile, const X& x, float (&sum)[4], const Lane& at) {
+// sum += x U over 32 k, number sub of a K-tile, for kTiles x 8 tokens: tokens gid and gid + 8, directions 2
+// tid and the next. x(token tile, sub) holds 8 k of every 32 for token gid, and so does U for direction gid.
+template <class T, int kTiles, class X>
+ROSAQ_DEVICE void project_part(const GemmParams& p, int tile, int sub, const X& x, float (&sum)[4],
+                               const Lane& at) {
+    static_assert(kTiles == 1 || kTiles == 2, "the rows of one MMA");
+    const int k = tile * kBlockK + sub * 32 + at.tid * 8;
+    uint32_t pairs[4];
 #pragma unroll
-    for (int sub = 0; sub < 4; ++sub) {
-        const int k = tile * kBlockK + sub * 32 + at.tid * 8;
-        uint32_t pairs[4];
+    for (int j = 0; j < 4; ++j)
+        pairs[j] = basis_bits<T>(p, k + 2 * j, at) | basis_bits<T>(p, k + 2 * j + 1, at) << 16;
+    const XFragment low = x(0, sub);
+    const XFragment high = kTiles == 2 ? x(kTiles - 1, sub) : XFragment(make_uint4(0, 0, 0, 0));
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-            pairs[j] = basis_bits<T>(p, k + 2 * j, at) | basis_bits<T>(p, k + 2 * j + 1, at) << 16;
-        const XFragment tokens = x(0, sub);
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-            const uint32_t a[4] = {tokens.step[step][0], 0, tokens.step[step][1], 0};
-            const uint32_t b[2] = {pairs[2 * step], pairs[2 * step + 1]};
-            ptx::mma_m16n8k16<T>(sum, a, b);
-        }
+    for (int step = 0; step < 2; ++step) {
+        const uint32_t a[4] = {low.step[step][0], high.step[step][0], low.step[step][1], high.step[step][1]};
+        const uint32_t b[2] = {pairs[2 * step], pairs[2 * step + 1]};
+        ptx::mma_m16n8k16<T>(sum, a, b);
     }
 }
 
@@ -45,6 +47,44 @@ ROSAQ_DEVICE void add_few(const GemmParams& p, int row, const float (&s)[kFewDir
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             values[i] += s[j] * load_float(p.salient_weight, static_cast<int64_t>(row + i) * p.r + j);
+    }
+}
+
+// The sums of a row tile += C s^T for the s that the warps of a block have parts of, which start anew;
+// through `shared`, that nobody reads any more once all threads are here. To be called by all threads of the
+// block.
+template <class Tile>
+ROSAQ_DEVICE void add_directions(const GemmParams& p, int row_tile, float (&part)[4],
+                                 Accumulator<Tile::kTokenTiles>& acc, unsigned char* shared, const Lane& at) {
+    auto* const sums = reinterpret_cast<float*>(shared);  // [warp][token][direction]
+    static_assert(Tile::kWarps * 16 * kFewDirections * 4 <= Tile::kXBytes, "parts fit an x stage");
+    __syncthreads();
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<float2*>(sums + ((at.warp * 2 + half) * 8 + at.gid) * kFewDirections + at.tid * 2) =
+            make_float2(part[2 * half], part[2 * half + 1]);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) part[i] = 0.0f;
+    const int row = first_row<Tile>(row_tile, at) + at.gid * 4;
+    if (row >= p.n) return;  // n is a multiple of 8: four rows are inside or outside together
+#pragma unroll 1
+    for (int j = 0; j < p.r; ++j) {
+        float c[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            c[i] = load_float(p.salient_weight, static_cast<int64_t>(row + i) * p.r + j);
+#pragma unroll
+        for (int t = 0; t < Tile::kTokenTiles; ++t)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                float s = 0.0f;
+#pragma unroll
+                for (int warp = 0; warp < Tile::kWarps; ++warp)
+                    s += sums[(warp * 16 + t * 8 + at.tid * 2 + e) * kFewDirections + j];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) acc.sum[i / 2][t][i % 2 * 2 + e] += c[i] * s;
+            }
     }
 }
 

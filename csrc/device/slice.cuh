@@ -1,8 +1,8 @@
 // t = x * blockdiag(one shared rotation) inside the block that multiplies it: no other block is waited for.
 //
-// The matrix lies in shared memory as the fragments of MMAs with 16 columns of t as rows and 32 inner indices
-// as two steps: [column tile][32 indices][step][lane] x 16 bytes. A lane's rows gid and gid + 8 are columns 2
-// * gid and the next, so that it stores pairs; its inner indices are those of an XFragment.
+// The matrix lies in shared memory row by row, a row for each inner index, so that it comes by asynchronous
+// copies; ldmatrix makes of it the fragments of MMAs with 16 columns of t as rows and the inner indices of an
+// XFragment.
 #pragma once
 
 #include "multiply.cuh"
@@ -16,24 +16,27 @@ class SliceRotation {
     using T = typename Tile::T;
 
     ROSAQ_DEVICE SliceRotation(const GemmParams& p, unsigned char* smem)
-        : size_(p.rotation_size), t_(smem + Tile::kSmemBytes), fragments_(t_ + Tile::kXBytes) {}
+        : size_(p.rotation_size),
+          row_bytes_(static_cast<int>(slice_row_bytes(p.rotation_size))),
+          t_(smem + Tile::kSmemBytes),
+          matrix_(t_ + Tile::kXBytes) {}
 
-    // Lays the matrix out; the next barrier makes it visible.
+    // Starts copying the matrix: there at the first wait for a group of copies and the barrier behind it.
     ROSAQ_DEVICE void load(const GemmParams& p) const {
-        const SkinnyMatrix w{static_cast<const uint16_t*>(p.rotation.data), size_, size_, p.rotation.dtype};
-        const int chunks = size_ / 32, count = size_ / kTaskCols * chunks * 2 * kLanes;
-#pragma unroll 4  // many loads under way
+        const auto* from = static_cast<const uint16_t*>(p.rotation.data);
+        const int row_chunks = size_ / 8, count = size_ * row_chunks;
+        // Chunks that lie as they are needed can be copied; others go through registers.
+        const bool is_plain =
+            p.rotation.dtype == Number<T>::kDType && reinterpret_cast<uintptr_t>(from) % 16 == 0;
         for (int i = static_cast<int>(threadIdx.x); i < count; i += Tile::kThreads) {
-            const Lane at(i % kLanes);
-            const int step = i / kLanes % 2, chunk = i / (2 * kLanes) % chunks,
-                      tile = i / (2 * kLanes) / chunks;
-            const int row = chunk * 32 + at.tid * 8 + step * 4, col = tile * kTaskCols + at.gid * 2;
-            uint32_t rows[4];
+            unsigned char* to = matrix_ + place(i / row_chunks, i % row_chunks);
+            if (is_plain) {
+                ptx::cp_async_16(to, from + static_cast<int64_t>(i) * 8);
+            } else {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) rows[j] = two_columns<T>(w, row + j, col);
-            *reinterpret_cast<uint4*>(fragments_ + i * kLoadBytes) =
-                make_uint4(ptx::prmt(rows[0], rows[1], 0x5410), ptx::prmt(rows[0], rows[1], 0x7632),
-                           ptx::prmt(rows[2], rows[3], 0x5410), ptx::prmt(rows[2], rows[3], 0x7632));
+                for (int j = 0; j < 8; ++j)
+                    reinterpret_cast<uint16_t*>(to)[j] = bits16_in<T>(from[i * 8 + j], p.rotation.dtype);
+            }
         }
     }
 
@@ -44,16 +47,18 @@ class SliceRotation {
 #pragma unroll
         for (int i = 0; i < kColTiles; ++i) {
             const int col0 = (at.warp * kColTiles + i) * kTaskCols;
-            const int first_chunk = (col0 >> shift) * chunks, tile = (col0 & (size_ - 1)) / kTaskCols;
-            const unsigned char* from = fragments_ + (tile * chunks * 2 * kLanes + at.lane) * kLoadBytes;
+            const int first_chunk = (col0 >> shift) * chunks, col = (col0 & (size_ - 1)) / 8;
             float sum[Tile::kTokenTiles][4] = {};
 #pragma unroll 1  // four copies of it would crowd the instruction cache of kernels that rotate nothing
             for (int chunk = 0; chunk < chunks; ++chunk) {
 #pragma unroll
                 for (int step = 0; step < 2; ++step) {
-                    const uint4 v = *reinterpret_cast<const uint4*>(from);
-                    const uint32_t a[4] = {v.x, v.y, v.z, v.w};
-                    from += kLanes * kLoadBytes;
+                    // Lane l points to row l % 8 of matrix l / 8: columns of t alternate, then halves of the
+                    // step's k.
+                    const int row =
+                        chunk * 32 + at.lane % 8 / 2 * 8 + step * 4 + at.lane / 16 * 2 + at.lane % 2;
+                    uint32_t a[4];
+                    ptx::ldmatrix_x4_trans(a, matrix_ + place(row, col + at.lane / 8 % 2));
 #pragma unroll
                     for (int t = 0; t < Tile::kTokenTiles; ++t) {
                         const XFragment b(x, t, (first_chunk + chunk) * 4, at);
@@ -61,27 +66,33 @@ class SliceRotation {
                     }
                 }
             }
-            store(sum, col0 + at.gid * 2, at);
+            store(sum, col0 + at.gid, at);
         }
         __syncthreads();
         return t_;
     }
 
   private:
+    // Byte offset of 8 columns of row `row`. The rows that ldmatrix reads together are pairs of neighbours, 8
+    // apart: what the length of a row does for neighbours, the swizzle does for pairs.
+    ROSAQ_DEVICE int place(int row, int chunk) const {
+        return row * row_bytes_ + ((chunk ^ (row / 8 % 4 * 2)) << 4);
+    }
+
+    // Columns col and col + 8 of t.
     ROSAQ_DEVICE void store(const float (&sum)[Tile::kTokenTiles][4], int col, const Lane& at) const {
 #pragma unroll
         for (int t = 0; t < Tile::kTokenTiles; ++t)
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const uint32_t low = bits_as<uint16_t>(Number<T>::from_float(sum[t][e]));
-                const uint32_t high = bits_as<uint16_t>(Number<T>::from_float(sum[t][2 + e]));
-                unsigned char* to = t_ + x_chunk_offset(t * 8 + at.tid * 2 + e, col / 8) + col % 8 * 2;
-                *reinterpret_cast<uint32_t*>(to) = low | high << 16;
+            for (int j = 0; j < 4; ++j) {
+                const int token = t * 8 + at.tid * 2 + j % 2, column = col + j / 2 * 8;
+                unsigned char* to = t_ + x_chunk_offset(token, column / 8) + column % 8 * 2;
+                *reinterpret_cast<T*>(to) = Number<T>::from_float(sum[t][j]);
             }
     }
 
-    int size_;
-    unsigned char *t_, *fragments_;
+    int size_, row_bytes_;
+    unsigned char *t_, *matrix_;
 };
 
 }  // namespace rosaq::cuda

@@ -39,7 +39,7 @@ struct Tile {
     static constexpr int kSmemBytes = kStages * (kWeightBytes + kXBytes);
     // Rotating slices repeats the rotation for every row tile: nothing beside the weights with few tokens, as
     // much as the product itself with many.
-    static constexpr bool kRotatesSlices = kTokenTiles <= 2;
+    static constexpr bool kRotatesSlices = kTokenTiles <= 2, kProjectsSlices = kTokenTiles <= 2;
     static constexpr int kMaxSmemBytes =
         kSmemBytes + (kRotatesSlices ? static_cast<int>(slice_rotation_bytes(kLargestSlice, kTokens)) : 0);
 

@@ -108,7 +108,6 @@ __global__ void __launch_bounds__(kFewMaxWarps* kLanes, 1) few_tokens_kernel(con
     Accumulator<1> acc;
     acc.clear();
     float s_part[4] = {};
-    const bool projects = p.salient_basis.data != nullptr;
     int stage = 0, free_stage = kAhead;
     for (int tile = at.warp; tile < tiles; tile += warps) {
         HeldX<T> x;
@@ -130,7 +129,10 @@ __global__ void __launch_bounds__(kFewMaxWarps* kLanes, 1) few_tokens_kernel(con
             rows.add(acc.sum[0][0], acc.sum[1][0], 1, s.step[1]);
         } else {
             multiply_record<Tile>(p, from, x, acc, at);
-            if (projects) project_few<T>(p, tile, x, s_part, at);
+            if (p.projects_slices) {
+#pragma unroll
+                for (int sub = 0; sub < kBlockK / 32; ++sub) project_part<T, 1>(p, tile, sub, x, s_part, at);
+            }
         }
         free_stage = stage;
         stage = stage + 1 == kFewStages ? 0 : stage + 1;
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(kFewMaxWarps* kLanes, 1) few_tokens_kernel(con
     constexpr int kSumQuads = kFewTokens * kQuads, kDirectionQuads = kFewDirections / 4;
     static_assert((kSumQuads + kFewTokens * kDirectionQuads) * 16 <= kFewStages * Tile::kWarpBytes,
                   "both fit where the weights were");
-    if (projects)
+    if (p.projects_slices)
         reinterpret_cast<float2*>(sums + at.warp * quad_step +
                                   kSumQuads)[at.gid * (kFewDirections / 2) + at.tid] =
             make_float2(s_part[0], s_part[1]);
@@ -163,7 +165,7 @@ __global__ void __launch_bounds__(kFewMaxWarps* kLanes, 1) few_tokens_kernel(con
         const float4 v = sums[warp * quad_step + i];
         values[0] += v.x, values[1] += v.y, values[2] += v.z, values[3] += v.w;
     }
-    if (projects) {
+    if (p.projects_slices) {
         float s[kFewDirections] = {};
         for (int warp = 0; warp < warps; ++warp)
 #pragma unroll

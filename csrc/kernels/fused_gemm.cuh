@@ -8,6 +8,7 @@
 
 #include "../device/barrier.cuh"
 #include "../device/epilogue.cuh"
+#include "../device/few_directions.cuh"
 #include "../device/load.cuh"
 #include "../device/multiply_halves.cuh"
 #include "../device/rotate.cuh"
@@ -58,6 +59,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) fused_gemm
 
     Accumulator<Tile::kTokenTiles> acc;
     acc.clear();
+    float s_part[4] = {};  // of projected slices
     int stage = 0;
     for (int left = tiles; left > 0; --left) {
         ptx::cp_async_wait<kAhead - 1>();
@@ -78,6 +80,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) fused_gemm
             if (p.rotates_slices) x_tile = slice.apply(x_tile, here);
         if (now.k_tile < p.k_blocks) {
             multiply_block<Tile>(p, w_tile, x_tile, acc, here);
+            if constexpr (Tile::kProjectsSlices) {
+                static_assert(Tile::kWarps == kBlockK / 32, "a warp projects 32 k of every K-tile");
+                if (p.projects_slices)
+                    project_part<typename Tile::T, Tile::kTokenTiles>(p, now.k_tile, here.warp,
+                                                                      StagedX{x_tile, here}, s_part, here);
+            }
         } else {
             if (projects) grid.wait();  // at the first such tile; later ones find it done
             gather_salient<Tile>(p, (now.k_tile - p.k_blocks) * kSalientCols, x_tile);
@@ -85,6 +93,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) fused_gemm
             multiply_salient<Tile>(p, w_tile, x_tile, acc);
         }
         if (now.k_tile == schedule.k_tiles - 1 || left == 1) {
+            if constexpr (Tile::kProjectsSlices)
+                if (p.projects_slices)
+                    add_directions<Tile>(p, now.row_tile, s_part, acc, x_stage<Tile>(smem, stage), here);
             finish_row_tile<Tile>(p, now.row_tile, acc, x_stage<Tile>(smem, stage));
             acc.clear();
         }

@@ -33,21 +33,28 @@ struct Problem {
     bool rotates_slices;
 };
 
+// Whether blocks project their own slices on the basis: few tokens and few directions, which each block can
+// do for its own k, since y is linear in s.
+inline bool projects_slices(const FusedGemmArgs& a) {
+    return a.salient_basis.data != nullptr && a.r <= kFewDirections && a.m <= 16;
+}
+
 // Whether blocks rotate their own slices: few tokens, one shared matrix of a size they can hold, and nobody
 // else who needs t (salient directions are directions of t).
 inline bool rotates_slices(const FusedGemmArgs& a) {
     const int64_t b = a.rotation_size;
     const bool fits = b >= kSmallestSlice && b <= kLargestSlice && (b & (b - 1)) == 0;
-    return a.rotation_blocks == 1 && fits && a.r == 0 && a.m <= 16;
+    return a.rotation_blocks == 1 && fits && (a.r == 0 || projects_slices(a)) && a.m <= 16;
 }
 
 // Of a launch for up to 64 of a call's tokens.
 inline Problem problem_of(const FusedGemmArgs& a) {
+    const bool projects = projects_slices(a);
     return {std::min<int64_t>(a.m, kMaxTokens),
             a.weight.n,
             a.weight.k,
-            a.r,
-            a.salient_basis.data != nullptr,
+            projects ? 0 : a.r,
+            a.salient_basis.data != nullptr && !projects,
             a.rotation_size != 0 && !rotates_slices(a),
             rotates_slices(a)};
 }
@@ -59,13 +66,13 @@ inline int k_tiles_of(int64_t k, int64_t r) {
 
 // Whether the kernel for a few tokens takes a call.
 inline bool is_few_tokens(const FusedGemmArgs& a) {
-    const bool has_room = a.salient_basis.data == nullptr || a.r <= kFewDirections;
-    return a.m <= kFewTokens && a.rotation_size == 0 && has_room;
+    return a.m <= kFewTokens && a.rotation_size == 0 &&
+           (a.salient_basis.data == nullptr || projects_slices(a));
 }
 
 // K-tiles of one of its records: directions of a basis are no channels, and need none.
 inline int few_tokens_tiles(const FusedGemmArgs& a) {
-    return k_tiles_of(a.weight.k, a.salient_basis.data == nullptr ? a.r : 0);
+    return k_tiles_of(a.weight.k, problem_of(a).r);
 }
 
 // Whether the kernel of warpgroups takes a call, on a device that has them: with fewer tokens it would pad
@@ -161,6 +168,7 @@ inline GemmParams params_of(const FusedGemmArgs& a, const BlobLayout& layout, co
     p.rotation_blocks = static_cast<int>(a.rotation_blocks);
     p.rotation = a.rotation;
     p.rotates_slices = rotates_slices(a);
+    p.projects_slices = projects_slices(a);
     p.bias = a.bias;
     return p;
 }
