@@ -2,8 +2,8 @@
 // the salient projection s = t * salient_basis. Bound by the bytes of the matrix, which is read once.
 //
 // A task is 16 columns: an MMA with the matrix, transposed on the fly, as its 16-row operand and tokens as
-// columns. The warps of the block take turns over the inner dimension and add up in shared memory, in a fixed
-// order.
+// columns. Where the inner dimension is long the warps of a block take turns over it and add up in shared
+// memory, in a fixed order.
 #pragma once
 
 #include "schedule.cuh"
@@ -37,15 +37,14 @@ ROSAQ_DEVICE uint32_t two_columns(const SkinnyMatrix& w, int64_t row, int col) {
            static_cast<uint32_t>(bits16_in<T>(static_cast<uint16_t>(pair >> 16), w.dtype)) << 16;
 }
 
-// Adds x[:, x0 + i] * w[i, col0 .. col0 + 15] over i in [begin, end), a multiple of 16, into the block's
-// shared memory as float [warp][16 columns][tokens]; ends with a barrier.
+// sum += x[:, x0 + i] * w[i, col0 .. col0 + 15] over 16 i at a time, from begin on in steps of `step` up to
+// end. sum[token tile][j]: column 2 gid + j / 2, token 2 tid + j % 2.
 template <class Tile>
-ROSAQ_DEVICE void skinny_product(const typename Tile::T* x, int64_t k, int m, int64_t x0,
-                                 const SkinnyMatrix& w, int begin, int end, int col0, float* s_sums,
-                                 const Lane& at) {
+ROSAQ_DEVICE void multiply_columns(const typename Tile::T* x, int64_t k, int m, int64_t x0,
+                                   const SkinnyMatrix& w, int begin, int end, int step, int col0,
+                                   float (&sum)[Tile::kTokenTiles][4], const Lane& at) {
     using T = typename Tile::T;
-    float sum[Tile::kTokenTiles][4] = {};
-    for (int i = begin + at.warp * 16; i < end; i += Tile::kWarps * 16) {
+    for (int i = begin; i < end; i += step) {
         // A lane holds columns 2 * gid and the next, and inner indices 4 * tid .. 4 * tid + 3.
         uint32_t rows[4];
 #pragma unroll
@@ -61,6 +60,16 @@ ROSAQ_DEVICE void skinny_product(const typename Tile::T* x, int64_t k, int m, in
             ptx::mma_m16n8k16<T>(sum[t], a, b);
         }
     }
+}
+
+// x[:, x0 + i] * w[i, col0 .. col0 + 15] over i in [begin, end), a multiple of 16, into the block's shared
+// memory as float [warp][16 columns][tokens]; ends with a barrier.
+template <class Tile>
+ROSAQ_DEVICE void skinny_product(const typename Tile::T* x, int64_t k, int m, int64_t x0,
+                                 const SkinnyMatrix& w, int begin, int end, int col0, float* s_sums,
+                                 const Lane& at) {
+    float sum[Tile::kTokenTiles][4] = {};
+    multiply_columns<Tile>(x, k, m, x0, w, begin + at.warp * 16, end, Tile::kWarps * 16, col0, sum, at);
     float* own = s_sums + at.warp * kTaskCols * Tile::kTokens;
 #pragma unroll
     for (int t = 0; t < Tile::kTokenTiles; ++t)
@@ -81,21 +90,49 @@ ROSAQ_DEVICE float sum_over_warps(const float* s_sums, int col, int token) {
     return sum;
 }
 
+// A block of a rotation up to this size is a task of one warp: sharing it out over a block's would have most
+// of them wait.
+constexpr int kLargestWarpRotation = 128;
+
 // t = x * blockdiag(rotation), shared out over the grid.
 template <class Tile>
 ROSAQ_DEVICE void rotate(const GemmParams& p, float* s_sums, const Lane& at) {
     using T = typename Tile::T;
-    const int b = p.rotation_size;
-    for (int task = block_of_grid(p.schedule); task < p.k / kTaskCols; task += p.schedule.grid) {
+    const int b = p.rotation_size, tasks = p.k / kTaskCols;
+    const auto* x = static_cast<const T*>(p.x);
+    auto* t = static_cast<T*>(p.t);
+    const auto matrix_of = [&](int block) {
+        const int64_t first = p.rotation_blocks == 1 ? 0 : static_cast<int64_t>(block) * b * b;
+        return SkinnyMatrix{static_cast<const uint16_t*>(p.rotation.data) + first, b, b, p.rotation.dtype};
+    };
+    if (b <= kLargestWarpRotation) {
+        for (int task = block_of_grid(p.schedule) * Tile::kWarps + at.warp; task < tasks;
+             task += p.schedule.grid * Tile::kWarps) {
+            const int col0 = task * kTaskCols, block = col0 / b;
+            float sum[Tile::kTokenTiles][4] = {};
+            multiply_columns<Tile>(x, p.k, p.m, static_cast<int64_t>(block) * b, matrix_of(block), 0, b, 16,
+                                   col0 - block * b, sum, at);
+#pragma unroll
+            for (int tile = 0; tile < Tile::kTokenTiles; ++tile)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const int token = tile * 8 + at.tid * 2 + e;
+                    if (token >= p.m) continue;
+                    const uint32_t low = bits_as<uint16_t>(Number<T>::from_float(sum[tile][e]));
+                    const uint32_t high = bits_as<uint16_t>(Number<T>::from_float(sum[tile][2 + e]));
+                    T* to = t + static_cast<int64_t>(token) * p.k + col0 + at.gid * 2;
+                    *reinterpret_cast<uint32_t*>(to) = low | high << 16;
+                }
+        }
+        return;
+    }
+    for (int task = block_of_grid(p.schedule); task < tasks; task += p.schedule.grid) {
         const int col0 = task * kTaskCols, block = col0 / b;
-        const auto* matrix = static_cast<const uint16_t*>(p.rotation.data);
-        const SkinnyMatrix w{matrix + (p.rotation_blocks == 1 ? 0 : static_cast<int64_t>(block) * b * b), b,
-                             b, p.rotation.dtype};
-        skinny_product<Tile>(static_cast<const T*>(p.x), p.k, p.m, static_cast<int64_t>(block) * b, w, 0, b,
+        skinny_product<Tile>(x, p.k, p.m, static_cast<int64_t>(block) * b, matrix_of(block), 0, b,
                              col0 - block * b, s_sums, at);
         for (int i = static_cast<int>(threadIdx.x); i < p.m * kTaskCols; i += Tile::kThreads) {
             const int token = i / kTaskCols, col = i % kTaskCols;
-            static_cast<T*>(p.t)[static_cast<int64_t>(token) * p.k + col0 + col] =
+            t[static_cast<int64_t>(token) * p.k + col0 + col] =
                 Number<T>::from_float(sum_over_warps<Tile>(s_sums, col, token));
         }
         __syncthreads();
