@@ -150,6 +150,33 @@ def test_any_warp_of_the_kernel_for_a_few_tokens_may_take_salient_channels(
     assert_as_good_as(y.cpu(), on_gpu(linear).plain(x.to(DEVICE)).cpu(), want(linear, x))
 
 
+@pytest.mark.parametrize(
+    ("m", "k", "b", "r"), [(1, 4096, 0, 2), (8, 1408, 0, 8), (1, 11008, 128, 2), (16, 4096, 32, 2)]
+)
+def test_blocks_rotate_and_project_their_own_slices(m: int, k: int, b: int, r: int) -> None:
+    linear, x = make_linear(4096, k, 3, -1, symmetric=False), make_x(m, k, "float16")
+    linear.extras |= {
+        "salient_weight": torch.randn(4096, r).half(),
+        "salient_basis": torch.linalg.qr(torch.randn(k, r)).Q.half(),
+        "rotation": random_rotation(1, b) if b else None,
+    }
+    y = on_gpu(linear).run(x.to(DEVICE))
+    assert_as_good_as(y.cpu(), on_gpu(linear).plain(x.to(DEVICE)).cpu(), want(linear, x))
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), [(4096, 4096, 128), (1024, 11008, -1), (14336, 1024, 64)])
+@pytest.mark.parametrize("m", [17, 33, 64, 100])
+def test_large_linears_with_some_tokens(m: int, n: int, k: int, group_size: int) -> None:
+    """Many K-tiles a block and row tiles that several blocks share: the stages of the rings come round, often."""
+    linear, x = make_linear(n, k, 4, group_size), make_x(m, k, "float16")
+    linear.extras |= {"salient_weight": torch.randn(n, 40).half(), "salient_index": torch.randperm(k)[:40].int()}
+    device_linear, x_there = on_gpu(linear), x.to(DEVICE)
+    packed = device_linear.packed()
+    y = device_linear.run(x_there, packed)
+    assert_as_good_as(y.cpu(), device_linear.plain(x_there).cpu(), want(linear, x))
+    assert all(torch.equal(y, device_linear.run(x_there, packed)) for _ in range(20))
+
+
 @pytest.mark.parametrize("m", [128, 129, 255, 1024])
 def test_both_sides_of_the_switch_to_a_plain_matmul_agree(m: int) -> None:
     linear = with_everything()
