@@ -43,6 +43,13 @@ class Plan:
             count = min(count, recipe.budget.most)  # there are no more principal axes then
         return SitePlan(site, recipe, SiteChoice(recipe.head_bits, count), self.rotations.online.get(site.name))
 
+    @property
+    def num_kept_axes(self) -> int:
+        """How many of the residual stream's leading channels any site keeps in 16 bits."""
+        sites = [site.name for site in self.model.family.sites_reading("residual")]
+        of_blocks = max((block[name].num_salient for block in self.choices for name in sites), default=0)
+        return of_blocks if self.head is None else max(of_blocks, self.head.choice.num_salient)
+
     def head_format(self) -> LinearFormat | None:
         """What the head stores; None where it stays in 16 bits."""
         return None if self.head is None else self.head.format(self.model.sizes.hidden)

@@ -162,6 +162,7 @@ def quantize(
         run = Run(dense, chosen, spec, input_ids, work, report)
         run.choose_rotations()
         run.share_out_bits()
+        run.mix_unkept_axes()
         run.quantize_blocks()
         run.tune_model()
         error = run.check_logits()

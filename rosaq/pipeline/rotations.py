@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -120,6 +120,18 @@ def choose_rotations(
         assert grams is not None
         values = [torch.stack([principal_axes(gram)[1] for gram in block]) for block in grams.values]
     return Rotations(residual, values, _online_blocks(model, recipe), spectrum).to(model.device)
+
+
+def mix_unkept(rotations: Rotations, num_kept: int, seed: int) -> Rotations:
+    """The same with principal axes from number `num_kept` on mixed into the rest of the residual stream's basis.
+
+    The directions before stay what they are, so what a budget knows of the sites (their second moments with the first
+    0, 1, ... directions kept) stays true.
+    """
+    assert rotations.residual is not None
+    kept, rest = rotations.residual[:, :num_kept], rotations.residual[:, num_kept:]
+    mixed = rest @ random_orthogonal(rest.shape[1], _generator(seed, "unkept")).to(rest)
+    return replace(rotations, residual=torch.cat([kept, mixed], dim=1))
 
 
 def _online_blocks(model: DenseModel, recipe: Recipe) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from rosaq.pipeline.head import final_gain, head_rows, quantize_head
 from rosaq.pipeline.memory import release_freed_memory
 from rosaq.pipeline.plan import Plan
 from rosaq.pipeline.probe import MAX_TOKENS, Probe, check_equal
-from rosaq.pipeline.rotations import Rotations, choose_rotations
+from rosaq.pipeline.rotations import Rotations, choose_rotations, mix_unkept
 from rosaq.pipeline.site import LinearReport
 from rosaq.pipeline.site_facts import measure_sites
 from rosaq.pipeline.source import DenseModel
@@ -101,6 +101,19 @@ class Run:
         names = [site.name for site in sites]
         blocks = saved[1]["choices"]
         self.choices = [dict(zip(names, (SiteChoice(**c) for c in block), strict=True)) for block in blocks]
+
+    def mix_unkept_axes(self) -> None:
+        """Principal axes that the budget left to no site, and there are as many as a site could have had, join the mixed
+        rest: as channels of their own they would set the range of every row they stand in."""
+        if self._recipe.budget.is_fixed or self._recipe.rotation.residual != "pca-random":
+            return
+        saved = self._work.load("mixed")
+        if saved is None:
+            mixed = mix_unkept(self.rotations, self.plan.num_kept_axes, self._spec.seed)
+            self._work.save("mixed", mixed.to_tensors(), {})
+            saved = self._work.load("mixed")  # by every rank, as the rotations
+            assert saved is not None
+        self.rotations = Rotations.from_tensors(saved[0])
 
     @property
     def plan(self) -> Plan:
