@@ -11,8 +11,9 @@ from rosaq.calibrate import BLOCK, BlockModel, output_sensitivity
 from rosaq.checkpoint import read_config
 from rosaq.config import LinearFormat
 from rosaq.linear import RosaqLinear
-from rosaq.pipeline import quantize
+from rosaq.pipeline import quantize, run
 from rosaq.pipeline.budget import SiteChoice, SiteFacts, share_out, spectrum_of, squared_steps, stored_bits
+from rosaq.pipeline.rotations import mix_unkept
 from rosaq.quantizers import quantize_weight
 from rosaq.recipes import make_recipe, with_groups_for_target
 from rosaq.specs import BudgetSpec, QuantSpec
@@ -153,6 +154,27 @@ def test_a_target_is_met_and_the_checkpoint_runs(dense, tmp_path):
     assert rosaq.evaluate(tmp_path / "out", reference=dense, windows=2, context=32, text=SMALL["calibration"]).kl < 1
     again = quantize(dense, tmp_path / "again", target_bits=4.6, preset="fast", **SMALL)
     assert again.layers == made.layers
+
+
+def test_axes_that_no_site_keeps_are_mixed_into_the_rest(dense, tmp_path, monkeypatch):
+    """Of the axes that sites could have had, alone in channels of their own, those that one has are left."""
+    seen = []
+
+    def mix(rotations, num_kept, seed):
+        seen.append((rotations.residual, num_kept, mix_unkept(rotations, num_kept, seed).residual))
+        return mix_unkept(rotations, num_kept, seed)
+
+    monkeypatch.setattr(run, "mix_unkept", mix)
+    made = quantize(dense, tmp_path / "out", target_bits=4.6, preset="fast", **SMALL)
+    [(before, num_kept, after)] = seen
+    reads_stream = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    counts = [layer["num_salient"] for layer in made.layers if layer["name"].endswith(reads_stream)]
+    assert num_kept == max(counts) >= 1
+    assert torch.equal(after[:, :num_kept], before[:, :num_kept])
+    assert_tight(after.T @ after, torch.eye(len(after), dtype=torch.float64))
+    turned = before.T @ after
+    assert turned[num_kept:, :num_kept].abs().max() < 1e-12
+    assert turned[num_kept:, num_kept:].abs().max() < 0.9  # no axis is alone any more
 
 
 def test_directions_by_energy_end_to_end(dense, tmp_path):

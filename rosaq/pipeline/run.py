@@ -103,8 +103,8 @@ class Run:
         self.choices = [dict(zip(names, (SiteChoice(**c) for c in block), strict=True)) for block in blocks]
 
     def mix_unkept_axes(self) -> None:
-        """Principal axes that the budget left to no site, and there are as many as a site could have had, join the mixed
-        rest: as channels of their own they would set the range of every row they stand in."""
+        """Principal axes that the budget left to no site (there are as many as a site could have had) join the mixed
+        rest: as channels of their own they would be what rows range over."""
         if self._recipe.budget.is_fixed or self._recipe.rotation.residual != "pca-random":
             return
         saved = self._work.load("mixed")
