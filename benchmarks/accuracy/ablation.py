@@ -41,6 +41,7 @@ def variants() -> dict[str, Recipe]:
             rotation=replace(rotation, residual="random"),
             salient=replace(salient, sites=("values", "hidden")),
         ),
+        "one direction a site at most": replace(SHIPPED, budget=replace(SHIPPED.budget, most=1)),
         "no bases at o_proj and down_proj": replace(SHIPPED, salient=replace(salient, sites=("residual",))),
         "no rotation of values": replace(SHIPPED, rotation=replace(rotation, values="none")),
         "no rotation at down_proj": replace(SHIPPED, rotation=replace(rotation, mlp_out="none")),
