@@ -29,8 +29,8 @@ class GridBarrier {
         __syncthreads();
     }
 
-    // For `threads` neighbouring threads, of which `number` such groups come before and which have a named
-    // barrier; to be called after a __syncthreads that follows arrive().
+    // For `threads` neighbouring threads, the block's group `number` of so many, that have a named barrier;
+    // to be called after a __syncthreads that follows arrive().
     ROSAQ_DEVICE void wait_part(int number, int threads, int barrier) {
         if (static_cast<int>(threadIdx.x) == number * threads) wait_alone();
         ptx::bar_sync(barrier, threads);

@@ -21,17 +21,17 @@ namespace rosaq::ptx {
 // multiples of 16.
 class WgmmaMatrix {
   public:
-    ROSAQ_DEVICE WgmmaMatrix(const void* smem, int k_step, int n_step)
 #ifdef ROSAQ_EMULATE
-        : bits_{static_cast<const char*>(smem), k_step, n_step} {}
+    using Bits = emu::WgmmaMatrix;
 #else
-        : bits_(field(smem_address(smem), 0) | field(static_cast<uint32_t>(k_step), 16) |
-                field(static_cast<uint32_t>(n_step), 32)) {
-    }
+    using Bits = uint64_t;
 #endif
 
-          // The one that lies `bytes` further on.
-          ROSAQ_DEVICE WgmmaMatrix at(int bytes) const {
+    ROSAQ_DEVICE WgmmaMatrix(const void* smem, int k_step, int n_step)
+        : bits_(descriptor(smem, k_step, n_step)) {}
+
+    // The one that lies `bytes` further on.
+    ROSAQ_DEVICE WgmmaMatrix at(int bytes) const {
         WgmmaMatrix other = *this;
 #ifdef ROSAQ_EMULATE
         other.bits_.data += bytes;
@@ -41,20 +41,22 @@ class WgmmaMatrix {
         return other;
     }
 
+    ROSAQ_DEVICE Bits bits() const { return bits_; }
+
+  private:
+    ROSAQ_DEVICE static Bits descriptor(const void* smem, int k_step, int n_step) {
 #ifdef ROSAQ_EMULATE
-    const emu::WgmmaMatrix& bits() const { return bits_; }
-
-  private:
-    emu::WgmmaMatrix bits_;
+        return {static_cast<const char*>(smem), k_step, n_step};
 #else
-    ROSAQ_DEVICE uint64_t bits() const { return bits_; }
-
-  private:
-    ROSAQ_DEVICE static uint64_t field(uint32_t bytes, int shift) {
-        return static_cast<uint64_t>(bytes >> 4 & 0x3fffu) << shift;
-    }
-    uint64_t bits_;
+        const auto field = [](uint32_t bytes, int shift) {
+            return static_cast<uint64_t>(bytes >> 4 & 0x3fffu) << shift;
+        };
+        return field(smem_address(smem), 0) | field(static_cast<uint32_t>(k_step), 16) |
+               field(static_cast<uint32_t>(n_step), 32);
 #endif
+    }
+
+    Bits bits_;
 };
 
 // Orders the warpgroup's own accesses to registers before the products that follow.
