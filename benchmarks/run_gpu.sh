@@ -3,10 +3,10 @@
 #
 #   benchmarks/run_gpu.sh OUT [PART ...]
 #
-# Parts: check (tests and sanitizers, side by side), profile, speed; all of them where none is named, none of them where a
-# first quick test fails. Leaves logs, JSON,
-# the golden vectors of the conformance tests and a summary in OUT. Uses the python on PATH (set PYTHON for another),
-# which needs a torch that sees the GPU; nvcc must be there. Exits non-zero if a step failed, after having run the others.
+# Parts: check (tests and sanitizers, side by side), profile, speed; all of them where none is named, none of them where
+# a first quick test fails. Leaves logs, JSON, the golden vectors of the conformance tests and a summary in OUT. Uses
+# the python on PATH (set PYTHON for another), which needs a torch that sees the GPU; nvcc must be there. Exits non-zero
+# if a step failed, after having run the others.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: benchmarks/run_gpu.sh OUT [check] [profile] [speed]}")
 shift

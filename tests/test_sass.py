@@ -156,6 +156,20 @@ def test_planted_kernels_are_told_apart(
 
 
 @pytest.mark.parametrize(
+    ("products", "waits", "shares", "found"),
+    [
+        (72, 28, 2, []),
+        (72, 72, 2, ["72 waits for 72 wgmma products: they are serialised"]),
+        (8, 2, 2, ["8 wgmma products: far too few"]),
+        (72, 28, 0, ["registers are not shared out anew"]),
+    ],
+)
+def test_a_serialised_warpgroup_is_found(products: int, waits: int, shares: int, found: list[str]) -> None:
+    opcodes = {"HGMMA.64": products, "WARPGROUP.DEPBAR.LE": waits, "USETMAXREG.DEALLOC.CTAPOOL": shares}
+    assert warpgroup_problems(Facts("warpgroup", "90a", opcodes, 0, {})) == found
+
+
+@pytest.mark.parametrize(
     ("operands", "found"),
     [
         ("[R33], desc[UR4][R244.64]", []),
