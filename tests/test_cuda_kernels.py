@@ -111,8 +111,8 @@ def test_sizes_that_end_in_the_middle_of_a_block(n: int, k: int, group_size: int
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("k", "b"), [(160, 32), (384, 64), (384, 128)])
 @pytest.mark.parametrize("m", [1, 9, 16, 17])
-def test_a_shared_rotation_is_applied_to_slices_or_before(m: int, k: int, b: int, dtype: torch.dtype) -> None:
-    """Up to 16 tokens by each block for itself, beyond by all of them first; a rotation that is not symmetric."""
+def test_a_shared_rotation(m: int, k: int, b: int, dtype: torch.dtype) -> None:
+    """One that is not symmetric, before all kinds of products."""
     linear, x = make_linear(136, k, 3, 32, symmetric=False), make_x(m, k).to(dtype)
     linear.extras["rotation"] = random_rotation(1, b)
     for mode in ("plain", "checked"):
@@ -157,7 +157,7 @@ def test_few_tokens_with_a_basis_of_few_directions(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "k", "b", "r"), [(1, 160, 32, 2), (9, 384, 128, 8), (16, 1408, 64, 1), (16, 416, 0, 5)])
-def test_blocks_rotate_and_project_their_own_slices(m: int, k: int, b: int, r: int, dtype: torch.dtype) -> None:
+def test_blocks_project_their_own_slices(m: int, k: int, b: int, r: int, dtype: torch.dtype) -> None:
     """Parts of s from blocks that share a row tile, and from those that have two."""
     linear, x = make_linear(264, k, 3, 32, symmetric=False), make_x(m, k, str(dtype).removeprefix("torch."))
     linear.extras |= {
@@ -168,6 +168,41 @@ def test_blocks_rotate_and_project_their_own_slices(m: int, k: int, b: int, r: i
     for mode, resident in (("plain", 1), ("checked", 2), ("plain", 12)):
         y = EmulatedLinear(linear, mode).run(x, Options(seed=m, completion="lazy"), resident=resident)
         assert_as_good_as(y, linear.plain(x), want(linear, x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "shape", "kind", "r"),
+    [
+        (1, 72, 160, (1, 32), "basis", 2),
+        (8, 264, 1408, (1, 128), "basis", 8),
+        (3, 136, 2304, (36, 64), "basis", 5),
+        (1, 264, 4224, (1, 128), "none", 0),
+        (5, 136, 384, (4, 96), "index", 33),
+        (2, 8, 96, (6, 16), "index", 1),
+        (8, 72, 288, (1, 288), "none", 0),
+    ],
+)
+def test_few_tokens_with_a_rotation(
+    m: int, n: int, k: int, shape: tuple[int, int], kind: str, r: int, dtype: torch.dtype
+) -> None:
+    """Where all blocks of the kernel for a few tokens can be resident, and where they cannot; the last has a rotation
+    that is no task for a warp."""
+    linear, x = make_linear(n, k, 3, 32, symmetric=False), make_x(m, k, str(dtype).removeprefix("torch."))
+    linear.extras["rotation"] = random_rotation(*shape).to(dtype if r % 2 else torch.float16)
+    if kind != "none":
+        linear.extras["salient_weight"] = torch.randn(n, r).half()
+    if kind == "basis":
+        linear.extras["salient_basis"] = torch.linalg.qr(torch.randn(k, r)).Q.to(dtype)
+    elif kind == "index":
+        linear.extras["salient_index"] = torch.randperm(k)[:r].int()
+    for resident in (1, 12):
+        plain, checked = EmulatedLinear(linear), EmulatedLinear(linear, "checked")
+        first = plain.run(x, Options(seed=0, completion="eager"), resident=resident)
+        assert_as_good_as(first, linear.plain(x), want(linear, x))
+        for emulated in (plain, checked):
+            options = Options(seed=1, completion="lazy", shuffle_blocks=True)
+            assert torch.equal(emulated.run(x, options, resident=resident, launches=2), first)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

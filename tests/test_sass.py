@@ -32,7 +32,7 @@ FUSED = re.compile(r"fused_gemm_kernel<.*Tile<(?P<dtype>\w+), (?P<bits>\d), (?P<
 # lower its line.
 BUDGET = {(True, 1): 26.4, (True, 2): 14.5, (False, 1): 32.8, (False, 2): 18.2, (False, 4): 10.3, (False, 8): 10.5}
 # The kernel for a few tokens, whose loop reads x from global memory.
-FEW = re.compile(r"few_tokens_kernel<.*Tile<\w+, \d, (?P<symmetric>true|false), 1>>")
+FEW = re.compile(r"few_tokens_kernel<.*Tile<\w+, \d, (?P<symmetric>true|false), 1>, (?:true|false)>")
 FEW_BUDGET = {True: 23.1, False: 31.8}
 # The kernels of warpgroups, which are empty but for sm_90a.
 WARPGROUP = re.compile(r"warpgroup_gemm_kernel<.*WarpgroupTile<\w+, \d, \d+>>")

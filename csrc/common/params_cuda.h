@@ -15,22 +15,12 @@ constexpr int kFewTokens = 8, kFewMaxWarps = 16, kFewStages = 3;
 constexpr int kFewDirections = 8;  // of a salient basis that a block can project on by itself
 constexpr int kSalientCols = 32;   // salient directions of one K-tile
 
-// Rotations that a block can apply to its own slice of x: one shared matrix of 32, 64 or 128.
-constexpr int kSmallestSlice = 32, kLargestSlice = 128;
+// A block of a rotation up to this size is made by one warp: sharing it out over a thread block's would have
+// most of them wait.
+constexpr int kLargestWarpRotation = 128;
 
-// Bytes from one row of the matrix to the next in shared memory: 16 more than the row, so that neighbouring
-// rows lie in other banks, and at least 128 (slice.cuh).
-constexpr int64_t slice_row_bytes(int64_t size) {
-    return (size < 64 ? 128 : size * 2) + 16;
-}
-
-// Shared memory of a rotated slice and of the matrix, beside the ring.
-constexpr int64_t slice_rotation_bytes(int64_t size, int64_t tokens) {
-    return tokens * kBlockK * 2 + size * slice_row_bytes(size);
-}
-
-// Words of the per-stream counters. All are zero between launches but the generation, which only ever grows.
-constexpr int kBarrierCount = 0, kBarrierGeneration = 1, kFirstTileCounter = 4;
+// Words of the per-stream counters. All are zero between launches but for the top bit of the barrier's.
+constexpr int kBarrierWord = 0, kFirstTileCounter = 4;
 
 // How the work is cut. A K-tile is 128 k of low-bit weights or 32 salient directions, for `rows` rows of y.
 // The K-tiles of a row tile form a list, or those of all row tiles one long list (Stream-K); `list_blocks`
@@ -63,7 +53,6 @@ struct GemmParams {
     int rotation_size;             // b, 0 for none
     int rotation_blocks;
     Buffer rotation;       // [B, b, b]
-    bool rotates_slices;   // each block rotates what it multiplies; otherwise t is made first, by all blocks
     bool projects_slices;  // each block projects what it multiplies on salient_basis, and adds its part of s
                            // C^T
     Buffer bias;           // [n]

@@ -1,5 +1,8 @@
 // A barrier over the whole grid in two parts, so that work can lie between arriving and waiting. All blocks
 // must be resident together: such launches are cooperative.
+//
+// One word and one atomic a block: the last arrival flips its top bit, whatever the size of the grid, and
+// nothing has to be reset. Whoever waits looks for the flip.
 #pragma once
 
 #include "../common/params_cuda.h"
@@ -9,19 +12,16 @@ namespace rosaq::cuda {
 
 class GridBarrier {
   public:
-    ROSAQ_DEVICE GridBarrier(int* counters, int grid) : counters_(counters), grid_(grid) {}
+    ROSAQ_DEVICE GridBarrier(int* counters, int grid) : word_(counters + kBarrierWord), grid_(grid) {}
 
     // What this block's threads wrote to global memory before is visible to whoever has waited.
     ROSAQ_DEVICE void arrive() {
         __syncthreads();
         if (threadIdx.x != 0) return;
-        // The generation cannot move between this read and our own arrival.
-        const int generation = ptx::ld_acquire(counters_ + kBarrierGeneration);
-        *kept_generation() = generation;
-        if (ptx::atom_add_acq_rel(counters_ + kBarrierCount, 1) == grid_ - 1) {
-            ptx::st_release(counters_ + kBarrierCount, 0);
-            ptx::st_release(counters_ + kBarrierGeneration, generation + 1);
-        }
+        // All others add 1, the first block what is missing to the top bit.
+        const bool is_first = blockIdx.x == 0 && blockIdx.y == 0;
+        const uint32_t added = is_first ? 0x80000000u - static_cast<uint32_t>(grid_ - 1) : 1u;
+        *kept() = ptx::atom_add_acq_rel(word_, static_cast<int>(added));
     }
 
     ROSAQ_DEVICE void wait() {
@@ -38,17 +38,18 @@ class GridBarrier {
 
   private:
     ROSAQ_DEVICE void wait_alone() {
-        const int generation = *kept_generation();
-        while (ptx::ld_acquire(counters_ + kBarrierGeneration) == generation) ptx::nanosleep(32);
+        const int before = *kept();
+        while ((ptx::ld_acquire(word_) ^ before) >= 0) ptx::nanosleep(32);
     }
 
-    // Between arriving and waiting: not in a register, which the main loop needs.
-    ROSAQ_DEVICE static int* kept_generation() {
-        ROSAQ_SHARED(s_generation, int);
-        return &s_generation;
+    // The word when this block arrived, between arriving and waiting: not in a register, which the main loop
+    // needs.
+    ROSAQ_DEVICE static int* kept() {
+        ROSAQ_SHARED(s_before, int);
+        return &s_before;
     }
 
-    int* counters_;
+    int* word_;
     int grid_;
 };
 

@@ -18,11 +18,9 @@ ROSAQ_DEVICE void load_bias(const GemmParams& p, int row, float (&bias)[4]) {
 template <class T>
 ROSAQ_DEVICE void store_rows(const GemmParams& p, int token, int row, const float (&values)[4],
                              const float (&bias)[4]) {
-    uint32_t bits[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) bits[j] = bits_as<uint16_t>(Number<T>::from_float(values[j] + bias[j]));
     *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + static_cast<int64_t>(token) * p.n + row) =
-        make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
+        make_uint2(pair_of<T>(values[0] + bias[0], values[1] + bias[1]),
+                   pair_of<T>(values[2] + bias[2], values[3] + bias[3]));
 }
 
 // y of a row tile that nobody else has a part of.

@@ -6,34 +6,38 @@
 
 #include "load.cuh"
 #include "multiply.cuh"
+#include "rotate.cuh"
 
 namespace rosaq::cuda {
 
-// 16 bits of row k of U, direction at.gid, in T; zero where there is none.
-template <class T>
-ROSAQ_DEVICE uint32_t basis_bits(const GemmParams& p, int k, const Lane& at) {
-    if (at.gid >= p.r || k >= p.k) return 0;
-    const auto* basis = static_cast<const uint16_t*>(p.salient_basis.data);
-    return bits16_in<T>(basis[static_cast<int64_t>(k) * p.r + at.gid], p.salient_basis.dtype);
+// U of a lane's 8 k of the 32 number sub of a K-tile, direction at.gid, as they are stored; zero where there
+// is none. To be called well before they are used.
+ROSAQ_DEVICE void load_basis(const GemmParams& p, int tile, int sub, uint32_t (&pairs)[4], const Lane& at) {
+    const int k = tile * kBlockK + sub * 32 + at.tid * 8;
+    const auto* from =
+        static_cast<const uint16_t*>(p.salient_basis.data) + static_cast<int64_t>(k) * p.r + at.gid;
+    const bool exists = at.gid < p.r && k < p.k;  // p.k is a multiple of 8
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const uint32_t low = exists ? from[2 * j * p.r] : 0u, high = exists ? from[(2 * j + 1) * p.r] : 0u;
+        pairs[j] = low | high << 16;
+    }
 }
 
 // sum += x U over 32 k, number sub of a K-tile, for kTiles x 8 tokens: tokens gid and gid + 8, directions 2
-// tid and the next. x(token tile, sub) holds 8 k of every 32 for token gid, and so does U for direction gid.
+// tid and the next. x(token tile, sub) holds 8 k of every 32 for token gid, and so does `basis` for direction
+// gid.
 template <class T, int kTiles, class X>
-ROSAQ_DEVICE void project_part(const GemmParams& p, int tile, int sub, const X& x, float (&sum)[4],
-                               const Lane& at) {
+ROSAQ_DEVICE void project_part(const GemmParams& p, int sub, const X& x, uint32_t (&basis)[4],
+                               float (&sum)[4]) {
     static_assert(kTiles == 1 || kTiles == 2, "the rows of one MMA");
-    const int k = tile * kBlockK + sub * 32 + at.tid * 8;
-    uint32_t pairs[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-        pairs[j] = basis_bits<T>(p, k + 2 * j, at) | basis_bits<T>(p, k + 2 * j + 1, at) << 16;
+    convert_pairs<T>(basis, p.salient_basis.dtype);
     const XFragment low = x(0, sub);
     const XFragment high = kTiles == 2 ? x(kTiles - 1, sub) : XFragment(make_uint4(0, 0, 0, 0));
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
         const uint32_t a[4] = {low.step[step][0], high.step[step][0], low.step[step][1], high.step[step][1]};
-        const uint32_t b[2] = {pairs[2 * step], pairs[2 * step + 1]};
+        const uint32_t b[2] = {basis[2 * step], basis[2 * step + 1]};
         ptx::mma_m16n8k16<T>(sum, a, b);
     }
 }

@@ -79,4 +79,11 @@ ROSAQ_DEVICE uint16_t bits16_in(uint16_t bits, DType from) {
     return bits_as<uint16_t>(Number<T>::from_float(float_of_16(bits, from == DType::kBFloat16)));
 }
 
+// Two numbers rounded to T, the first in the lower half.
+template <class T>
+ROSAQ_DEVICE uint32_t pair_of(float low, float high) {
+    return bits_as<uint16_t>(Number<T>::from_float(low)) |
+           static_cast<uint32_t>(bits_as<uint16_t>(Number<T>::from_float(high))) << 16;
+}
+
 }  // namespace rosaq::cuda

@@ -21,43 +21,136 @@ struct SkinnyMatrix {
     DType dtype;
 };
 
-// Columns col and col + 1 of a row, in T; zero past the last column.
-template <class T>
-ROSAQ_DEVICE uint32_t two_columns(const SkinnyMatrix& w, int64_t row, int col) {
+// Bits of columns col and col + 1 of a row, as they are stored; zero past the last column. kPaired: rows have
+// an even length, so that two columns are one load.
+template <bool kPaired>
+ROSAQ_DEVICE uint32_t stored_columns(const SkinnyMatrix& w, int64_t row, int col) {
     const uint16_t* from = w.data + row * w.ld + col;
-    uint32_t pair = 0;
-    if (w.ld % 2 == 0 && col + 1 < w.cols) {
-        pair = *reinterpret_cast<const uint32_t*>(from);
+    if constexpr (kPaired) {
+        return col < w.cols ? *reinterpret_cast<const uint32_t*>(from) : 0u;
     } else {
-        if (col < w.cols) pair = from[0];
-        if (col + 1 < w.cols) pair |= static_cast<uint32_t>(from[1]) << 16;
+        const uint32_t low = col < w.cols ? from[0] : 0u, high = col + 1 < w.cols ? from[1] : 0u;
+        return low | high << 16;
     }
-    if (w.dtype == Number<T>::kDType) return pair;
-    return bits16_in<T>(static_cast<uint16_t>(pair), w.dtype) |
-           static_cast<uint32_t>(bits16_in<T>(static_cast<uint16_t>(pair >> 16), w.dtype)) << 16;
+}
+
+// Stored bits in T. A loop of its own behind all loads of a batch: a branch between two loads, and the second
+// waits for the first.
+template <class T, int kCount>
+ROSAQ_DEVICE void convert_pairs(uint32_t (&pairs)[kCount], DType from) {
+    if (from == Number<T>::kDType) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+        pairs[i] = bits16_in<T>(static_cast<uint16_t>(pairs[i]), from) |
+                   static_cast<uint32_t>(bits16_in<T>(static_cast<uint16_t>(pairs[i] >> 16), from)) << 16;
+}
+
+// The MMA's 16-row operand of two columns of four rows: a lane has columns 2 * gid and the next of rows 4 *
+// tid .. 4 * tid + 3.
+ROSAQ_DEVICE void transpose_columns(const uint32_t* rows, uint32_t (&a)[4]) {
+    a[0] = ptx::prmt(rows[0], rows[1], 0x5410), a[1] = ptx::prmt(rows[0], rows[1], 0x7632);
+    a[2] = ptx::prmt(rows[2], rows[3], 0x5410), a[3] = ptx::prmt(rows[2], rows[3], 0x7632);
+}
+
+constexpr int kMaxWarpSteps = kLargestWarpRotation / 16;
+
+// 16 columns of up to 128 rows of a rotation as a warp's MMA operands; all loads are under way together.
+template <class T>
+struct HeldColumns {
+    uint32_t rows[kMaxWarpSteps * 4];
+
+    ROSAQ_DEVICE HeldColumns(const SkinnyMatrix& w, int steps, int col0, const Lane& at) {
+        const uint16_t* from = w.data + at.tid * 4 * w.ld + col0 + at.gid * 2;
+#pragma unroll
+        for (int step = 0; step < kMaxWarpSteps; ++step)
+#pragma unroll
+            for (int j = 0; j < 4; ++j, from += j == 4 ? 13 * w.ld : w.ld)
+                rows[step * 4 + j] = step < steps ? *reinterpret_cast<const uint32_t*>(from) : 0u;
+        convert_pairs<T>(rows, w.dtype);
+    }
+};
+
+// As many inner indices of 8 tokens, the other operand.
+template <class T>
+struct HeldTokens {
+    uint2 b[kMaxWarpSteps];
+
+    // x[token0 .. + 7, x0 .. + 16 steps)
+    ROSAQ_DEVICE void load(const T* x, const GemmParams& p, int token0, int64_t x0, int steps,
+                           const Lane& at) {
+        const int token = token0 + at.gid;
+        const T* from = x + static_cast<int64_t>(token) * p.k + x0 + at.tid * 4;
+#pragma unroll
+        for (int step = 0; step < kMaxWarpSteps; ++step) {
+            b[step] = make_uint2(0, 0);
+            if (token < p.m && step < steps) b[step] = *reinterpret_cast<const uint2*>(from + step * 16);
+        }
+    }
+
+    // Column 2 gid + j / 2 of token 2 tid + j % 2 of the product.
+    ROSAQ_DEVICE void multiply(const HeldColumns<T>& columns, int steps, float (&sum)[4]) const {
+        float odd[4] = {};  // two chains, of half the length
+#pragma unroll
+        for (int step = 0; step < kMaxWarpSteps; ++step) {
+            if (step >= steps) break;
+            uint32_t a[4];
+            transpose_columns(columns.rows + step * 4, a);
+            const uint32_t operand[2] = {b[step].x, b[step].y};
+            ptx::mma_m16n8k16<T>(step % 2 == 0 ? sum : odd, a, operand);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[j] += odd[j];
+    }
+};
+
+// Columns 2 gid and the next of 16, of tokens 2 tid and the next, to t.
+template <class T>
+ROSAQ_DEVICE void store_columns(const GemmParams& p, T* t, int token0, int col0, const float (&sum)[4],
+                                const Lane& at) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const int token = token0 + at.tid * 2 + e;
+        if (token >= p.m) continue;
+        *reinterpret_cast<uint32_t*>(t + static_cast<int64_t>(token) * p.k + col0 + at.gid * 2) =
+            pair_of<T>(sum[e], sum[2 + e]);
+    }
 }
 
 // sum += x[:, x0 + i] * w[i, col0 .. col0 + 15] over 16 i at a time, from begin on in steps of `step` up to
 // end. sum[token tile][j]: column 2 gid + j / 2, token 2 tid + j % 2.
-template <class Tile>
+template <class Tile, bool kPaired>
 ROSAQ_DEVICE void multiply_columns(const typename Tile::T* x, int64_t k, int m, int64_t x0,
                                    const SkinnyMatrix& w, int begin, int end, int step, int col0,
                                    float (&sum)[Tile::kTokenTiles][4], const Lane& at) {
     using T = typename Tile::T;
-    for (int i = begin; i < end; i += step) {
-        // A lane holds columns 2 * gid and the next, and inner indices 4 * tid .. 4 * tid + 3.
-        uint32_t rows[4];
+    constexpr int kAtOnce = Tile::kTokenTiles <= 2 ? 4 : Tile::kTokenTiles == 4 ? 2 : 1;
+    for (int first = begin; first < end; first += kAtOnce * step) {
+        uint32_t rows[kAtOnce * 4];
+        uint2 tokens[kAtOnce][Tile::kTokenTiles];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) rows[j] = two_columns<T>(w, i + at.tid * 4 + j, col0 + at.gid * 2);
-        const uint32_t a[4] = {ptx::prmt(rows[0], rows[1], 0x5410), ptx::prmt(rows[0], rows[1], 0x7632),
-                               ptx::prmt(rows[2], rows[3], 0x5410), ptx::prmt(rows[2], rows[3], 0x7632)};
+        for (int s = 0; s < kAtOnce; ++s) {
+            const int i = first + s * step + at.tid * 4;
 #pragma unroll
-        for (int t = 0; t < Tile::kTokenTiles; ++t) {
-            const int token = t * 8 + at.gid;
-            uint2 v = make_uint2(0, 0);
-            if (token < m) v = *reinterpret_cast<const uint2*>(x + token * k + x0 + i + at.tid * 4);
-            const uint32_t b[2] = {v.x, v.y};
-            ptx::mma_m16n8k16<T>(sum[t], a, b);
+            for (int j = 0; j < 4; ++j)
+                rows[s * 4 + j] = i < end ? stored_columns<kPaired>(w, i + j, col0 + at.gid * 2) : 0u;
+#pragma unroll
+            for (int t = 0; t < Tile::kTokenTiles; ++t) {
+                const int token = t * 8 + at.gid;
+                tokens[s][t] = make_uint2(0, 0);
+                if (i < end && token < m)
+                    tokens[s][t] = *reinterpret_cast<const uint2*>(x + token * k + x0 + i);
+            }
+        }
+        convert_pairs<T>(rows, w.dtype);
+#pragma unroll
+        for (int s = 0; s < kAtOnce; ++s) {
+            uint32_t a[4];
+            transpose_columns(rows + s * 4, a);
+#pragma unroll
+            for (int t = 0; t < Tile::kTokenTiles; ++t) {
+                const uint32_t b[2] = {tokens[s][t].x, tokens[s][t].y};
+                ptx::mma_m16n8k16<T>(sum[t], a, b);
+            }
         }
     }
 }
@@ -69,7 +162,12 @@ ROSAQ_DEVICE void skinny_product(const typename Tile::T* x, int64_t k, int m, in
                                  const SkinnyMatrix& w, int begin, int end, int col0, float* s_sums,
                                  const Lane& at) {
     float sum[Tile::kTokenTiles][4] = {};
-    multiply_columns<Tile>(x, k, m, x0, w, begin + at.warp * 16, end, Tile::kWarps * 16, col0, sum, at);
+    if (w.ld % 2 == 0)
+        multiply_columns<Tile, true>(x, k, m, x0, w, begin + at.warp * 16, end, Tile::kWarps * 16, col0, sum,
+                                     at);
+    else
+        multiply_columns<Tile, false>(x, k, m, x0, w, begin + at.warp * 16, end, Tile::kWarps * 16, col0, sum,
+                                      at);
     float* own = s_sums + at.warp * kTaskCols * Tile::kTokens;
 #pragma unroll
     for (int t = 0; t < Tile::kTokenTiles; ++t)
@@ -90,45 +188,59 @@ ROSAQ_DEVICE float sum_over_warps(const float* s_sums, int col, int token) {
     return sum;
 }
 
-// A block of a rotation up to this size is a task of one warp: sharing it out over a block's would have most
-// of them wait.
-constexpr int kLargestWarpRotation = 128;
+// The block of a rotation that makes t's columns around col0.
+ROSAQ_DEVICE SkinnyMatrix rotation_around(const GemmParams& p, int col0) {
+    const int64_t b = p.rotation_size, block = p.rotation_blocks == 1 ? 0 : col0 / p.rotation_size;
+    const auto* first = static_cast<const uint16_t*>(p.rotation.data);
+    return {first + block * b * b, b, p.rotation_size, p.rotation.dtype};
+}
+
+// 16 columns of t of all tokens, by one warp.
+template <class Tile>
+ROSAQ_DEVICE void rotate_columns(const GemmParams& p, int col0, const Lane& at) {
+    using T = typename Tile::T;
+    const auto* x = static_cast<const T*>(p.x);
+    auto* t = static_cast<T*>(p.t);
+    const int b = p.rotation_size, col = col0 % b;
+    const int64_t x0 = col0 - col;
+    if constexpr (Tile::kTokenTiles > 2) {
+        const int steps = b / 16;
+        const HeldColumns<T> columns(rotation_around(p, col0), steps, col, at);
+#pragma unroll 2
+        for (int tile = 0; tile < Tile::kTokenTiles; ++tile) {
+            HeldTokens<T> tokens;
+            tokens.load(x, p, tile * 8, x0, steps, at);
+            float sum[4] = {};
+            tokens.multiply(columns, steps, sum);
+            store_columns(p, t, tile * 8, col0, sum, at);
+        }
+    } else {
+        // Half of the matrix at a time: registers are scarce beside the streams that have started.
+        float sum[Tile::kTokenTiles][4] = {};
+        multiply_columns<Tile, true>(x, p.k, p.m, x0, rotation_around(p, col0), 0, b, 16, col, sum, at);
+#pragma unroll
+        for (int tile = 0; tile < Tile::kTokenTiles; ++tile)
+            store_columns(p, t, tile * 8, col0, sum[tile], at);
+    }
+}
 
 // t = x * blockdiag(rotation), shared out over the grid.
 template <class Tile>
 ROSAQ_DEVICE void rotate(const GemmParams& p, float* s_sums, const Lane& at) {
     using T = typename Tile::T;
     const int b = p.rotation_size, tasks = p.k / kTaskCols;
-    const auto* x = static_cast<const T*>(p.x);
-    auto* t = static_cast<T*>(p.t);
-    const auto matrix_of = [&](int block) {
-        const int64_t first = p.rotation_blocks == 1 ? 0 : static_cast<int64_t>(block) * b * b;
-        return SkinnyMatrix{static_cast<const uint16_t*>(p.rotation.data) + first, b, b, p.rotation.dtype};
-    };
     if (b <= kLargestWarpRotation) {
-        for (int task = block_of_grid(p.schedule) * Tile::kWarps + at.warp; task < tasks;
-             task += p.schedule.grid * Tile::kWarps) {
-            const int col0 = task * kTaskCols, block = col0 / b;
-            float sum[Tile::kTokenTiles][4] = {};
-            multiply_columns<Tile>(x, p.k, p.m, static_cast<int64_t>(block) * b, matrix_of(block), 0, b, 16,
-                                   col0 - block * b, sum, at);
-#pragma unroll
-            for (int tile = 0; tile < Tile::kTokenTiles; ++tile)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const int token = tile * 8 + at.tid * 2 + e;
-                    if (token >= p.m) continue;
-                    const uint32_t low = bits_as<uint16_t>(Number<T>::from_float(sum[tile][e]));
-                    const uint32_t high = bits_as<uint16_t>(Number<T>::from_float(sum[tile][2 + e]));
-                    T* to = t + static_cast<int64_t>(token) * p.k + col0 + at.gid * 2;
-                    *reinterpret_cast<uint32_t*>(to) = low | high << 16;
-                }
-        }
+        // Neighbouring tasks to different blocks, so that all multiprocessors load.
+        for (int task = at.warp * p.schedule.grid + block_of_grid(p.schedule); task < tasks;
+             task += p.schedule.grid * Tile::kWarps)
+            rotate_columns<Tile>(p, task * kTaskCols, at);
         return;
     }
+    const auto* x = static_cast<const T*>(p.x);
+    auto* t = static_cast<T*>(p.t);
     for (int task = block_of_grid(p.schedule); task < tasks; task += p.schedule.grid) {
         const int col0 = task * kTaskCols, block = col0 / b;
-        skinny_product<Tile>(x, p.k, p.m, static_cast<int64_t>(block) * b, matrix_of(block), 0, b,
+        skinny_product<Tile>(x, p.k, p.m, static_cast<int64_t>(block) * b, rotation_around(p, col0), 0, b,
                              col0 - block * b, s_sums, at);
         for (int i = static_cast<int>(threadIdx.x); i < p.m * kTaskCols; i += Tile::kThreads) {
             const int token = i / kTaskCols, col = i % kTaskCols;
@@ -160,35 +272,50 @@ ROSAQ_DEVICE void project(const GemmParams& p, float* s_sums, const Lane& at) {
     }
 }
 
-// The salient values of directions col0 .. col0 + 31 into an x stage, tokens x 32. A thread has one
-// direction and every so many tokens, so its loads do not wait for each other.
+// The salient values of direction col, for tokens token0, token0 + step and on; zero where there is none. All
+// loads are under way together: none comes behind a store, which might be to the same address for all that
+// the compiler knows.
+template <class T, int kCount>
+ROSAQ_DEVICE void load_salient(const GemmParams& p, int col, int token0, int step, T (&values)[kCount]) {
+    const bool has_col = col < p.r;
+    if (p.salient_index != nullptr) {
+        const int k = has_col ? p.salient_index[col] : 0;
+        // The host cannot look at an index without waiting for the device: a bad one shows as NaN.
+        const bool exists = k >= 0 && k < p.k;
+        const T* from = static_cast<const T*>(p.t != nullptr ? p.t : p.x) + k;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const int token = token0 + i * step;
+            values[i] = bits_as<T>(exists ? uint16_t{0} : uint16_t{0x7fff});
+            if (has_col && exists && token < p.m) values[i] = from[static_cast<int64_t>(token) * p.k];
+        }
+        return;
+    }
+    float sums[kCount] = {};
+    for (int part = 0; part < p.schedule.projection_parts; ++part) {
+        const float* from = p.s_parts + static_cast<int64_t>(part) * p.m * p.r + col;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const int token = token0 + i * step;
+            if (has_col && token < p.m) sums[i] += __ldcg(from + token * p.r);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = Number<T>::from_float(sums[i]);
+}
+
+// Those of directions col0 .. col0 + 31 into an x stage, tokens x 32. A lane has a direction.
 template <class Tile>
 ROSAQ_DEVICE void gather_salient(const GemmParams& p, int col0, unsigned char* x) {
     using T = typename Tile::T;
-    const Lane at(ptx::opaque(static_cast<int>(threadIdx.x)));
     static_assert(kSalientCols == kLanes, "a lane has a direction");
-    const bool has_col = col0 + at.lane < p.r;
-    const T* t = static_cast<const T*>(p.t != nullptr ? p.t : p.x);
-    // The host cannot look at an index without waiting for the device: a bad one shows as NaN.
-    const int k = has_col && p.salient_index != nullptr ? p.salient_index[col0 + at.lane] : 0;
-    const bool exists = k >= 0 && k < p.k;
+    const Lane at(ptx::opaque(static_cast<int>(threadIdx.x)));
+    T values[Tile::kTokens / Tile::kWarps];
+    load_salient(p, col0 + at.lane, at.warp, Tile::kWarps, values);
 #pragma unroll
-    for (int i = 0; i < Tile::kTokens / Tile::kWarps; ++i) {
-        const int token = at.warp + i * Tile::kWarps;
-        T value = Number<T>::from_float(0.0f);
-        if (token < p.m && has_col) {
-            if (p.salient_index != nullptr) {
-                value = exists ? t[static_cast<int64_t>(token) * p.k + k] : bits_as<T>(uint16_t{0x7fff});
-            } else {
-                float sum = 0.0f;
-                for (int part = 0; part < p.schedule.projection_parts; ++part)
-                    sum +=
-                        __ldcg(p.s_parts + (static_cast<int64_t>(part) * p.m + token) * p.r + col0 + at.lane);
-                value = Number<T>::from_float(sum);
-            }
-        }
-        reinterpret_cast<T*>(x + x_chunk_offset(token, at.lane / 8))[at.lane % 8] = value;
-    }
+    for (int i = 0; i < Tile::kTokens / Tile::kWarps; ++i)
+        reinterpret_cast<T*>(x + x_chunk_offset(at.warp + i * Tile::kWarps, at.lane / 8))[at.lane % 8] =
+            values[i];
 }
 
 }  // namespace rosaq::cuda

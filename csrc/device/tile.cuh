@@ -1,8 +1,7 @@
 // One thread block's share of the work, and where things lie in its shared memory.
 //
 // - weights, kStages x kWeightBytes: per warp its record, or its rows of salient_weight; then scales, zeros;
-// - x, kStages x kXBytes: tokens x 128 k, or tokens x 32 salient values;
-// - where slices are rotated: t, kXBytes, x rotated; then the rotation as MMA fragments.
+// - x, kStages x kXBytes: tokens x 128 k, or tokens x 32 salient values.
 #pragma once
 
 #include "number.cuh"
@@ -37,16 +36,12 @@ struct Tile {
     static constexpr int kWeightBytes = kRowWarps * kWarpBytes;
     static constexpr int kXBytes = kTokens * kBlockK * 2;
     static constexpr int kSmemBytes = kStages * (kWeightBytes + kXBytes);
-    // Rotating slices repeats the rotation for every row tile: nothing beside the weights with few tokens, as
-    // much as the product itself with many.
-    static constexpr bool kRotatesSlices = kTokenTiles <= 2, kProjectsSlices = kTokenTiles <= 2;
-    static constexpr int kMaxSmemBytes =
-        kSmemBytes + (kRotatesSlices ? static_cast<int>(slice_rotation_bytes(kLargestSlice, kTokens)) : 0);
+    static constexpr bool kProjectsSlices = kTokenTiles <= 2;
 
     static_assert(kTokenTiles == 1 || kTokenTiles == 2 || kTokenTiles == 4 || kTokenTiles == 8,
                   "see instances");
     static_assert(kWarpBytes % kLoadBytes == 0, "every part starts 16-byte aligned");
-    static_assert(kMaxSmemBytes <= 99 * 1024, "one block must fit the 100 KB of an sm_86 or sm_120 SM");
+    static_assert(kSmemBytes <= 99 * 1024, "one block must fit the 100 KB of an sm_86 or sm_120 SM");
     static_assert(kWarps * 16 * kTokens * 4 <= kStages * kXBytes, "skinny products add up in the x stages");
     static_assert(kHalves == 1 || kRowWarps * kWarpTiles * kLanes * 32 == kXBytes,
                   "halves meet in an x stage");

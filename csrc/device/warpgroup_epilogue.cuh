@@ -94,10 +94,9 @@ ROSAQ_DEVICE void finish_rows(const GemmParams& p, int row_tile, float (&sums)[T
         for (int e = 0; e < 2; ++e) {
             const int token = t * 8 + at.tid * 2 + e;
             if (token >= p.m) continue;
-            const uint32_t first = bits_as<uint16_t>(Number<T>::from_float(sums[4 * t + e] + bias[0]));
-            const uint32_t second = bits_as<uint16_t>(Number<T>::from_float(sums[4 * t + 2 + e] + bias[1]));
             T* y = static_cast<T*>(p.y) + static_cast<int64_t>(token) * p.n + row;
-            *reinterpret_cast<uint32_t*>(y) = first | second << 16;
+            *reinterpret_cast<uint32_t*>(y) =
+                pair_of<T>(sums[4 * t + e] + bias[0], sums[4 * t + 2 + e] + bias[1]);
         }
 }
 

@@ -3,6 +3,7 @@
 
 #include "barrier.cuh"
 #include "load.cuh"
+#include "rotate.cuh"
 #include "warpgroup_tile.cuh"
 
 #if ROSAQ_SM90A
@@ -38,15 +39,16 @@ class XPieces {
     static constexpr int kRounds = Tile::kTokens / kStep;
 
     ROSAQ_DEVICE void load(const GemmParams& p, int k_tile) {
-        const int thread = static_cast<int>(threadIdx.x) % Tile::kLoaderThreads, chunk = thread % kChunks;
-        const int k = k_tile * kBlockK + chunk * 8;
-        const T* from = static_cast<const T*>(p.t != nullptr ? p.t : p.x) + k;
+        const int thread = static_cast<int>(threadIdx.x) % Tile::kLoaderThreads, token = thread / kChunks;
+        const int k = k_tile * kBlockK + thread % kChunks * 8;
+        const T* from =
+            static_cast<const T*>(p.t != nullptr ? p.t : p.x) + static_cast<int64_t>(token) * p.k + k;
+        const int tokens = k < p.k ? p.m - token : 0;
+        const int64_t step = static_cast<int64_t>(kStep) * p.k;
 #pragma unroll
-        for (int i = 0; i < kRounds; ++i) {
-            const int token = thread / kChunks + i * kStep;
+        for (int i = 0; i < kRounds; ++i, from += step) {
             held_[i] = make_uint4(0, 0, 0, 0);
-            if (token < p.m && k < p.k)
-                held_[i] = *reinterpret_cast<const uint4*>(from + static_cast<int64_t>(token) * p.k);
+            if (i * kStep < tokens) held_[i] = *reinterpret_cast<const uint4*>(from);
         }
     }
 
@@ -70,28 +72,16 @@ class XPieces {
 template <class Tile>
 ROSAQ_DEVICE void gather_pieces(const GemmParams& p, int col0, unsigned char* x) {
     using T = typename Tile::T;
-    const Lane at;
-    const int col = col0 + at.lane;
-    const T* t = static_cast<const T*>(p.t != nullptr ? p.t : p.x);
-    // The host cannot look at an index without waiting for the device: a bad one shows as NaN.
-    const int k = col < p.r && p.salient_index != nullptr ? p.salient_index[col] : 0;
-    const bool exists = k >= 0 && k < p.k;
-    unsigned char* to = x + at.lane % 8 / 2 * Tile::kPieceBytes + at.lane / 8 * 4 + at.lane % 2 * 2;
     constexpr int kWarps = Tile::kLoaderThreads / kLanes;
-#pragma unroll 16  // loads under way together
-    for (int token = at.warp % kWarps; token < Tile::kTokens; token += kWarps) {
-        T value = Number<T>::from_float(0.0f);
-        if (token < p.m && col < p.r) {
-            if (p.salient_index != nullptr) {
-                value = exists ? t[static_cast<int64_t>(token) * p.k + k] : bits_as<T>(uint16_t{0x7fff});
-            } else {
-                float sum = 0.0f;
-                for (int part = 0; part < p.schedule.projection_parts; ++part)
-                    sum += __ldcg(p.s_parts + (static_cast<int64_t>(part) * p.m + token) * p.r + col);
-                value = Number<T>::from_float(sum);
-            }
-        }
-        *reinterpret_cast<T*>(to + token * kLoadBytes) = value;
+    const Lane at;
+    unsigned char* to = x + at.lane % 8 / 2 * Tile::kPieceBytes + at.lane / 8 * 4 + at.lane % 2 * 2;
+    constexpr int kAtOnce = 16;  // what registers allow
+    for (int token = at.warp % kWarps; token < Tile::kTokens; token += kAtOnce * kWarps) {
+        T values[kAtOnce];
+        load_salient(p, col0 + at.lane, token, kWarps, values);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+            *reinterpret_cast<T*>(to + (token + i * kWarps) * kLoadBytes) = values[i];
     }
 }
 
@@ -109,13 +99,14 @@ class Loader {
           half_(static_cast<int>(threadIdx.x) / Tile::kLoaderThreads),
           leads_(static_cast<int>(threadIdx.x) % Tile::kLoaderThreads == 0) {}
 
-    // By one thread: the weights of as many K-tiles as the ring has stages, before anything is waited for.
+    // The weights of as many K-tiles as the ring has stages, before anything is waited for; by one warp, a
+    // lane for each.
     ROSAQ_DEVICE static void start_weights(const GemmParams& p, const StageRing<Tile>& ring, Cursor at,
                                            int tiles) {
-        for (int i = 0; i < Tile::kStages && i < tiles; ++i) {
-            if (at.k_tile < p.k_blocks) copy_weights<Tile>(p, at, ring.weights(i), ring.has_weights(i));
-            at.advance(p.schedule);
-        }
+        const int stage = static_cast<int>(threadIdx.x);
+        if (stage >= Tile::kStages || stage >= tiles) return;
+        for (int i = 0; i < stage; ++i) at.advance(p.schedule);
+        if (at.k_tile < p.k_blocks) copy_weights<Tile>(p, at, ring.weights(stage), ring.has_weights(stage));
     }
 
     ROSAQ_DEVICE void run(int tiles) {

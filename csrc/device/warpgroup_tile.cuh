@@ -42,8 +42,7 @@ struct WarpgroupTile {
 
     static constexpr int kStages = 8;
     static constexpr int kBarrierBytes = 256;
-    static constexpr int kSmemBytes = kBarrierBytes + kStages * (kWeightBytes + kXBytes),
-                         kMaxSmemBytes = kSmemBytes;
+    static constexpr int kSmemBytes = kBarrierBytes + kStages * (kWeightBytes + kXBytes);
 
     static_assert(kLoaderRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters,
                   "all there are");

@@ -29,14 +29,13 @@ ROSAQ_DEVICE void dequantize_rows(const uint8_t* blob, const BlobShape& shape, b
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {
             const uint32_t codes = a[j / 2][pair / 2][pair % 2 * 2 + j % 2];
-            out[pair] = 0;
+            float w[2];
 #pragma unroll
             for (int high = 0; high < 2; ++high) {
                 const T code = bits_as<T>(static_cast<uint16_t>(codes >> (16 * high)));
-                const float w = (Number<T>::to_float(code) - static_cast<float>(shift)) * scale;
-                out[pair] |= static_cast<uint32_t>(bits_as<uint16_t>(Number<T>::from_float(w)))
-                             << (16 * high);
+                w[high] = (Number<T>::to_float(code) - static_cast<float>(shift)) * scale;
             }
+            out[pair] = pair_of<T>(w[0], w[1]);
         }
         *reinterpret_cast<uint4*>(weight + row * shape.k + k) = make_uint4(out[0], out[1], out[2], out[3]);
     }

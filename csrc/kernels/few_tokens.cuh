@@ -1,12 +1,13 @@
-// y[m,n] = x W^T + s C^T + bias for up to 8 tokens, without a rotation: text as it is generated.
+// y[m,n] = t W^T + s C^T + bias for up to 8 tokens: text as it is generated.
 //
 // A launch lasts a few microseconds, so nothing waits for anything it does not need. The warps of a block
 // share 32 rows and take turns over the K-tiles, each with a ring of its own for the weights; x is read where
 // it is used. They meet once, to add up, and no other block has a part of their rows. Every block projects x
 // on a salient basis by itself, each warp the k that it has anyway: a few columns cost less than waiting for
-// them.
+// them. A rotation is shared out over the grid, which meets while the first weights are on their way.
 #pragma once
 
+#include "../device/barrier.cuh"
 #include "../device/epilogue.cuh"
 #include "../device/few_directions.cuh"
 #include "../device/load.cuh"
@@ -60,8 +61,8 @@ struct HeldX {
 
     ROSAQ_DEVICE XFragment operator()(int, int sub) const { return XFragment(part[sub]); }
 
-    ROSAQ_DEVICE void load(const GemmParams& p, int tile, const Lane& at) {
-        const T* token = static_cast<const T*>(p.x) + static_cast<int64_t>(at.gid) * p.k;
+    ROSAQ_DEVICE void load(const GemmParams& p, const T* x, int tile, const Lane& at) {
+        const T* token = x + static_cast<int64_t>(at.gid) * p.k;
 #pragma unroll
         for (int sub = 0; sub < 4; ++sub) {
             const int k = tile * kBlockK + sub * 32 + at.tid * 8;
@@ -72,23 +73,26 @@ struct HeldX {
 
     // Into part[0] the values of salient directions col0 + 8 * tid and on; a channel that does not exist
     // shows as NaN.
-    ROSAQ_DEVICE void gather(const GemmParams& p, int col0, const Lane& at) {
-        const T* token = static_cast<const T*>(p.x) + static_cast<int64_t>(at.gid) * p.k;
+    ROSAQ_DEVICE void gather(const GemmParams& p, const T* x, int col0, const Lane& at) {
+        const T* token = x + static_cast<int64_t>(at.gid) * p.k;
+        // All indices, then all values: a branch between two loads, and the second waits for the first.
+        const int first = col0 + at.tid * 8, count = at.gid < p.m ? p.r - first : 0;
+        int k[8];
         uint32_t bits[8];
 #pragma unroll
+        for (int i = 0; i < 8; ++i) k[i] = i < count ? p.salient_index[first + i] : 0;
+#pragma unroll
         for (int i = 0; i < 8; ++i) {
-            const int col = col0 + at.tid * 8 + i;
-            bits[i] = 0;
-            if (at.gid >= p.m || col >= p.r) continue;
-            const int k = p.salient_index[col];
-            bits[i] = k >= 0 && k < p.k ? bits_as<uint16_t>(token[k]) : uint16_t{0x7fff};
+            const bool exists = k[i] >= 0 && k[i] < p.k;
+            bits[i] = exists ? 0u : 0x7fffu;
+            if (exists && i < count) bits[i] = bits_as<uint16_t>(token[k[i]]);
         }
         part[0] = make_uint4(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, bits[4] | bits[5] << 16,
                              bits[6] | bits[7] << 16);
     }
 };
 
-template <class Tile>
+template <class Tile, bool kRotates>
 __global__ void __launch_bounds__(kFewMaxWarps* kLanes, 1) few_tokens_kernel(const GemmParams p) {
     static_assert(Tile::kTokenTiles == 1, "up to 8 tokens");
     using T = typename Tile::T;
@@ -105,6 +109,15 @@ __global__ void __launch_bounds__(kFewMaxWarps* kLanes, 1) few_tokens_kernel(con
         if (at.warp + i * warps < tiles) weights.fetch(at.warp + i * warps, ring + i * Tile::kWarpBytes);
         ptx::cp_async_commit();
     }
+    if constexpr (kRotates) {
+        const int grid = static_cast<int>(gridDim.x);
+        for (int task = at.warp * grid + record; task < p.k / kTaskCols; task += grid * warps)
+            rotate_columns<Tile>(p, task * kTaskCols, at);
+        GridBarrier barrier(p.counters, grid);
+        barrier.arrive();
+        barrier.wait();
+    }
+    const auto tokens = [&p] { return static_cast<const T*>(kRotates ? p.t : p.x); };  // kept in no register
     Accumulator<1> acc;
     acc.clear();
     float s_part[4] = {};
@@ -112,10 +125,14 @@ __global__ void __launch_bounds__(kFewMaxWarps* kLanes, 1) few_tokens_kernel(con
     for (int tile = at.warp; tile < tiles; tile += warps) {
         HeldX<T> x;
         const bool is_salient = tile >= p.k_blocks;
+        uint32_t basis[kBlockK / 32][4];
         if (is_salient)
-            x.gather(p, (tile - p.k_blocks) * kSalientCols, at);
+            x.gather(p, tokens(), (tile - p.k_blocks) * kSalientCols, at);
         else
-            x.load(p, tile, at);
+            x.load(p, tokens(), tile, at);
+        if (p.projects_slices)  // then there are no salient tiles
+#pragma unroll
+            for (int sub = 0; sub < kBlockK / 32; ++sub) load_basis(p, tile, sub, basis[sub], at);
         ptx::cp_async_wait<kAhead - 1>();
         __syncwarp();
         if (tile + kAhead * warps < tiles)
@@ -128,11 +145,11 @@ __global__ void __launch_bounds__(kFewMaxWarps* kLanes, 1) few_tokens_kernel(con
             rows.add(acc.sum[0][0], acc.sum[1][0], 0, s.step[0]);
             rows.add(acc.sum[0][0], acc.sum[1][0], 1, s.step[1]);
         } else {
-            multiply_record<Tile>(p, from, x, acc, at);
-            if (p.projects_slices) {
+            if (p.projects_slices)
 #pragma unroll
-                for (int sub = 0; sub < kBlockK / 32; ++sub) project_part<T, 1>(p, tile, sub, x, s_part, at);
-            }
+                for (int sub = 0; sub < kBlockK / 32; ++sub)
+                    project_part<T, 1>(p, sub, x, basis[sub], s_part);
+            multiply_record<Tile>(p, from, x, acc, at);
         }
         free_stage = stage;
         stage = stage + 1 == kFewStages ? 0 : stage + 1;

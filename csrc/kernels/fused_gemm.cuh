@@ -12,7 +12,6 @@
 #include "../device/load.cuh"
 #include "../device/multiply_halves.cuh"
 #include "../device/rotate.cuh"
-#include "../device/slice.cuh"
 
 namespace rosaq::cuda {
 
@@ -35,10 +34,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) fused_gemm
 
     GridBarrier grid(p.counters, schedule.grid);
     auto* s_sums = reinterpret_cast<float*>(x_stage<Tile>(smem, 0));  // free until x is fetched
-    const SliceRotation<Tile> slice(p, smem);
-    if (p.rotates_slices) {
-        slice.load(p);
-    } else if (p.rotation_size != 0) {
+    if (p.rotation_size != 0) {
         rotate<Tile>(p, s_sums, at);
         grid.arrive();
         grid.wait();
@@ -62,6 +58,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) fused_gemm
     float s_part[4] = {};  // of projected slices
     int stage = 0;
     for (int left = tiles; left > 0; --left) {
+        uint32_t basis[4];
+        if constexpr (Tile::kProjectsSlices) {
+            static_assert(Tile::kWarps == kBlockK / 32, "a warp projects 32 k of every K-tile");
+            if (p.projects_slices) load_basis(p, now.k_tile, at.warp, basis, at);
+        }
         ptx::cp_async_wait<kAhead - 1>();
         __syncthreads();
         // With many tokens every register counts: where a lane is is then found anew.
@@ -75,17 +76,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) fused_gemm
         ptx::cp_async_commit();
 
         unsigned char* const w_tile = weight_stage<Tile>(smem, stage, here);
-        unsigned char* x_tile = x_stage<Tile>(smem, stage);
-        if constexpr (Tile::kRotatesSlices)
-            if (p.rotates_slices) x_tile = slice.apply(x_tile, here);
+        unsigned char* const x_tile = x_stage<Tile>(smem, stage);
         if (now.k_tile < p.k_blocks) {
-            multiply_block<Tile>(p, w_tile, x_tile, acc, here);
-            if constexpr (Tile::kProjectsSlices) {
-                static_assert(Tile::kWarps == kBlockK / 32, "a warp projects 32 k of every K-tile");
+            if constexpr (Tile::kProjectsSlices)
                 if (p.projects_slices)
-                    project_part<typename Tile::T, Tile::kTokenTiles>(p, now.k_tile, here.warp,
-                                                                      StagedX{x_tile, here}, s_part, here);
-            }
+                    project_part<typename Tile::T, Tile::kTokenTiles>(p, here.warp, StagedX{x_tile, here},
+                                                                      basis, s_part);
+            multiply_block<Tile>(p, w_tile, x_tile, acc, here);
         } else {
             if (projects) grid.wait();  // at the first such tile; later ones find it done
             gather_salient<Tile>(p, (now.k_tile - p.k_blocks) * kSalientCols, x_tile);

@@ -20,8 +20,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) warpgroup_gemm_kernel(const
     const int tiles = first_tile_of(schedule, list, part + 1) - first;
     const Cursor start(schedule, list, first);
     const StageRing<Tile> ring(smem);
-    if (threadIdx.x == 0) {
-        ring.init();
+    if (threadIdx.x < kLanes) {
+        if (threadIdx.x == 0) ring.init();
+        __syncwarp();
         Loader<Tile>::start_weights(p, ring, start, tiles);
     }
     __syncthreads();

@@ -27,27 +27,52 @@ inline cudaError_t allow_shared_memory(const void* kernel, int bytes, std::atomi
     return error;
 }
 
+// For blocks that wait for each other, also beside other grids of that kind, which only a cooperative launch
+// promises.
+inline cudaError_t launch_cooperative(void (*kernel)(GemmParams), const GemmParams& p, dim3 grid, dim3 block,
+                                      size_t smem_bytes, cudaStream_t stream) {
+    void* args[] = {const_cast<GemmParams*>(&p)};
+    return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, args, smem_bytes,
+                                       stream);
+}
+
 template <class Tile>
 constexpr int kFewWarpBytes = kFewStages * Tile::kWarpBytes;
 
+template <class Tile, bool kRotates>
+cudaError_t allow_few_tokens() {
+    static std::atomic<uint64_t> done{0};
+    return allow_shared_memory(reinterpret_cast<const void*>(few_tokens_kernel<Tile, kRotates>),
+                               kFewMaxWarps * kFewWarpBytes<Tile>, done);
+}
+
 template <class Tile>
 cudaError_t launch_few_tokens(const GemmParams& p, int warps, cudaStream_t stream) {
-    static std::atomic<uint64_t> done{0};
-    const int bytes = warps * kFewWarpBytes<Tile>;
-    const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(few_tokens_kernel<Tile>),
-                                                  kFewMaxWarps * kFewWarpBytes<Tile>, done);
+    const bool rotates = p.rotation_size != 0;
+    const cudaError_t error = rotates ? allow_few_tokens<Tile, true>() : allow_few_tokens<Tile, false>();
     if (error != cudaSuccess) return error;
-    const auto blocks = static_cast<unsigned>(ceil_div(p.n, kRecordRows));
-    few_tokens_kernel<Tile>
-        <<<blocks, static_cast<unsigned>(warps) * kLanes, static_cast<size_t>(bytes), stream>>>(p);
+    const dim3 grid(static_cast<unsigned>(ceil_div(p.n, kRecordRows))),
+        block(static_cast<unsigned>(warps) * kLanes);
+    const auto bytes = static_cast<size_t>(warps * kFewWarpBytes<Tile>);
+    if (rotates) return launch_cooperative(few_tokens_kernel<Tile, true>, p, grid, block, bytes, stream);
+    few_tokens_kernel<Tile, false><<<grid, block, bytes, stream>>>(p);
     return cudaGetLastError();
+}
+
+template <class Tile>
+cudaError_t few_blocks_per_sm(int warps, int* blocks) {
+    const cudaError_t error = allow_few_tokens<Tile, true>();
+    if (error != cudaSuccess) return error;
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, few_tokens_kernel<Tile, true>,
+                                                         warps * kLanes,
+                                                         static_cast<size_t>(warps * kFewWarpBytes<Tile>));
 }
 
 // A kernel for one schedule of blocks: fused_gemm_kernel or warpgroup_gemm_kernel of a Tile.
 template <class Tile, void (*kKernel)(GemmParams)>
 cudaError_t allow_shared_memory() {
     static std::atomic<uint64_t> done{0};
-    return allow_shared_memory(reinterpret_cast<const void*>(kKernel), Tile::kMaxSmemBytes, done);
+    return allow_shared_memory(reinterpret_cast<const void*>(kKernel), Tile::kSmemBytes, done);
 }
 
 template <class Tile, void (*kKernel)(GemmParams)>
@@ -57,36 +82,30 @@ cudaError_t launch_scheduled(const GemmParams& p, cudaStream_t stream) {
     const Schedule& s = p.schedule;
     const dim3 grid(static_cast<unsigned>(s.list_blocks), static_cast<unsigned>(s.lists)),
         block(Tile::kThreads);
-    const size_t smem = static_cast<size_t>(smem_bytes(p, shape_of<Tile>()));
-    if (needs_all_blocks(p)) {
-        // Also beside other grids of that kind, which only a cooperative launch promises.
-        void* args[] = {const_cast<GemmParams*>(&p)};
-        return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kKernel), grid, block, args, smem,
-                                           stream);
-    }
-    kKernel<<<grid, block, smem, stream>>>(p);
+    if (needs_all_blocks(p)) return launch_cooperative(kKernel, p, grid, block, Tile::kSmemBytes, stream);
+    kKernel<<<grid, block, Tile::kSmemBytes, stream>>>(p);
     return cudaGetLastError();
 }
 
 template <class Tile, void (*kKernel)(GemmParams)>
-cudaError_t blocks_per_sm(const GemmParams& p, int* blocks) {
+cudaError_t blocks_per_sm(int* blocks) {
     const cudaError_t error = allow_shared_memory<Tile, kKernel>();
     if (error != cudaSuccess) return error;
-    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-        blocks, kKernel, Tile::kThreads, static_cast<size_t>(smem_bytes(p, shape_of<Tile>())));
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kKernel, Tile::kThreads, Tile::kSmemBytes);
 }
 
 // What the files in instances/ define.
 template <class Tile>
 constexpr Instance fused_gemm_instance() {
     constexpr auto kKernel = fused_gemm_kernel<Tile>;
-    return {shape_of<Tile>(), launch_scheduled<Tile, kKernel>, blocks_per_sm<Tile, kKernel>, nullptr, 0};
+    return {shape_of<Tile>(), launch_scheduled<Tile, kKernel>, blocks_per_sm<Tile, kKernel>};
 }
 
 template <class Tile>
 constexpr Instance few_tokens_instance() {
     Instance made = fused_gemm_instance<Tile>();
     made.launch_few = launch_few_tokens<Tile>;
+    made.few_blocks_per_sm = few_blocks_per_sm<Tile>;
     made.few_warp_bytes = kFewWarpBytes<Tile>;
     return made;
 }
@@ -95,9 +114,9 @@ template <class Tile>
 constexpr Instance warpgroup_instance() {
 #ifdef ROSAQ_BUILT_FOR_SM90A
     constexpr auto kKernel = warpgroup_gemm_kernel<Tile>;
-    return {shape_of<Tile>(), launch_scheduled<Tile, kKernel>, blocks_per_sm<Tile, kKernel>, nullptr, 0};
+    return {shape_of<Tile>(), launch_scheduled<Tile, kKernel>, blocks_per_sm<Tile, kKernel>};
 #else
-    return {shape_of<Tile>(), nullptr, nullptr, nullptr, 0};
+    return {shape_of<Tile>(), nullptr, nullptr};
 #endif
 }
 

@@ -14,11 +14,13 @@ namespace rosaq::cuda {
 struct Instance {
     InstanceShape shape;
     cudaError_t (*launch)(const GemmParams&, cudaStream_t);
-    cudaError_t (*blocks_per_sm)(const GemmParams&, int* blocks);
-    // Of the instances for 8 tokens (else null): the kernel for a few tokens with so many warps a block, and
-    // the shared memory of each warp. Of p's schedule it reads k_tiles only; it needs no scratch.
-    cudaError_t (*launch_few)(const GemmParams&, int warps, cudaStream_t);
-    int few_warp_bytes;
+    cudaError_t (*blocks_per_sm)(int* blocks);
+    // Of the instances for 8 tokens (else null): the kernel for a few tokens with so many warps a block, how
+    // many of its blocks an SM holds where they rotate, and the shared memory of each warp. Of p's schedule
+    // it reads k_tiles only; without a rotation it needs neither t nor counters.
+    cudaError_t (*launch_few)(const GemmParams&, int warps, cudaStream_t) = nullptr;
+    cudaError_t (*few_blocks_per_sm)(int warps, int* blocks) = nullptr;
+    int few_warp_bytes = 0;
 };
 
 // The instance for up to `tokens` tokens (8, 16, 32, 64), or null.

@@ -29,8 +29,7 @@ inline int tokens_for(int64_t m) {
 struct Problem {
     int64_t m, n, k, r;
     bool has_basis;
-    bool has_rotation;  // of all of x before the products
-    bool rotates_slices;
+    bool has_rotation;
 };
 
 // Whether blocks project their own slices on the basis: few tokens and few directions, which each block can
@@ -39,24 +38,11 @@ inline bool projects_slices(const FusedGemmArgs& a) {
     return a.salient_basis.data != nullptr && a.r <= kFewDirections && a.m <= 16;
 }
 
-// Whether blocks rotate their own slices: few tokens, one shared matrix of a size they can hold, and nobody
-// else who needs t (salient directions are directions of t).
-inline bool rotates_slices(const FusedGemmArgs& a) {
-    const int64_t b = a.rotation_size;
-    const bool fits = b >= kSmallestSlice && b <= kLargestSlice && (b & (b - 1)) == 0;
-    return a.rotation_blocks == 1 && fits && (a.r == 0 || projects_slices(a)) && a.m <= 16;
-}
-
 // Of a launch for up to 64 of a call's tokens.
 inline Problem problem_of(const FusedGemmArgs& a) {
     const bool projects = projects_slices(a);
-    return {std::min<int64_t>(a.m, kMaxTokens),
-            a.weight.n,
-            a.weight.k,
-            projects ? 0 : a.r,
-            a.salient_basis.data != nullptr && !projects,
-            a.rotation_size != 0 && !rotates_slices(a),
-            rotates_slices(a)};
+    return {std::min<int64_t>(a.m, kMaxTokens),           a.weight.n,          a.weight.k, projects ? 0 : a.r,
+            a.salient_basis.data != nullptr && !projects, a.rotation_size != 0};
 }
 
 // K-tiles of one row tile.
@@ -64,9 +50,9 @@ inline int k_tiles_of(int64_t k, int64_t r) {
     return static_cast<int>(ceil_div<int64_t>(k, kBlockK) + ceil_div<int64_t>(r, kSalientCols));
 }
 
-// Whether the kernel for a few tokens takes a call.
+// Whether the kernel for a few tokens takes a call; a rotation if all of its blocks can be resident.
 inline bool is_few_tokens(const FusedGemmArgs& a) {
-    return a.m <= kFewTokens && a.rotation_size == 0 &&
+    return a.m <= kFewTokens && a.rotation_size <= kLargestWarpRotation &&
            (a.salient_basis.data == nullptr || projects_slices(a));
 }
 
@@ -88,21 +74,14 @@ inline int few_tokens_warps(int64_t n, int64_t sms, int64_t smem_per_warp, int64
     return has_room && ceil_div<int64_t>(n, kRecordRows) < 2 * sms ? kFewMaxWarps : kFewMaxWarps / 2;
 }
 
-// Dynamic shared memory of a block.
-inline int smem_bytes(const GemmParams& p, const InstanceShape& shape) {
-    if (!p.rotates_slices) return shape.smem_bytes;
-    return shape.smem_bytes + static_cast<int>(slice_rotation_bytes(p.rotation_size, shape.tokens));
-}
-
 // Whether blocks wait for each other, so that all of them have to be resident.
 inline bool needs_all_blocks(const GemmParams& p) {
-    return (p.rotation_size != 0 && !p.rotates_slices) || p.schedule.projection_parts != 0;
+    return p.rotation_size != 0 || p.schedule.projection_parts != 0;
 }
 
-// Fewer K-tiles for a block, and adding up partial sums costs more than it spreads; a block that rotates its
-// slices has to lay the matrix out first.
-constexpr int64_t least_tiles_per_block(int tokens, bool rotates_slices) {
-    return tokens > 16 || rotates_slices ? 8 : 4;
+// Fewer K-tiles for a block, and adding up partial sums costs more than it spreads.
+constexpr int64_t least_tiles_per_block(int tokens) {
+    return tokens > 16 ? 8 : 4;
 }
 // What it costs a block to have parts of two row tiles instead of one, in K-tiles.
 constexpr int64_t kSecondRowTile = 2;
@@ -114,7 +93,7 @@ inline Schedule make_schedule(const Problem& problem, const InstanceShape& shape
     s.row_tiles = static_cast<int>(ceil_div<int64_t>(problem.n, shape.rows));
     s.k_tiles = k_tiles_of(problem.k, problem.r);
     const int64_t tiles = int64_t{s.row_tiles} * s.k_tiles;
-    const int64_t least = least_tiles_per_block(shape.tokens, problem.rotates_slices);
+    const int64_t least = least_tiles_per_block(shape.tokens);
     const int64_t most = std::clamp<int64_t>(ceil_div(tiles, least), 1, resident);
     // The same number of blocks for every row tile, or one list of all K-tiles where that leaves too many
     // idle.
@@ -167,7 +146,6 @@ inline GemmParams params_of(const FusedGemmArgs& a, const BlobLayout& layout, co
     p.rotation_size = static_cast<int>(a.rotation_size),
     p.rotation_blocks = static_cast<int>(a.rotation_blocks);
     p.rotation = a.rotation;
-    p.rotates_slices = rotates_slices(a);
     p.projects_slices = projects_slices(a);
     p.bias = a.bias;
     return p;

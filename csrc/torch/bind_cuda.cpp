@@ -39,20 +39,43 @@ std::string text_of(const cuda::Problem& problem, const FusedGemmArgs& a, const 
     return out.str();
 }
 
-// Up to 8 tokens, no rotation and at most a few directions of a basis: no scratch, no counters.
-void run_few(FusedGemmCall& call, const CudaWeight& weight, Tensor& y, const DeviceFacts& facts,
+// Warps of a block of the kernel for a few tokens; 0 where a rotation makes blocks wait for each other and
+// not all of them can be resident.
+int few_tokens_warps(const FusedGemmArgs& a, const cuda::Instance& instance, const DeviceFacts& facts) {
+    const int wanted =
+        cuda::few_tokens_warps(a.weight.n, facts.sms, instance.few_warp_bytes, facts.smem_per_block);
+    if (a.rotation_size == 0) return wanted;
+    for (int warps = wanted; warps >= cuda::kFewMaxWarps / 2; warps /= 2) {
+        int per_sm = 0;
+        check_cuda(kOp, instance.few_blocks_per_sm(warps, &per_sm), "few_tokens_kernel on this device");
+        if (ceil_div<int64_t>(a.weight.n, cuda::kRecordRows) <= int64_t{per_sm} * facts.sms) return warps;
+    }
+    return 0;
+}
+
+// Up to 8 tokens. False if the kernel for them does not take the call.
+bool run_few(FusedGemmCall& call, const CudaWeight& weight, Tensor& y, const DeviceFacts& facts,
              cudaStream_t stream) {
     const FusedGemmArgs& a = call.args;
+    if (!cuda::is_few_tokens(a)) return false;
     const cuda::Instance* instance =
         cuda::find_instance(a.x.dtype, a.weight.bits, a.weight.symmetric, cuda::kFewTokens);
     ROSAQ_CHECK(instance != nullptr, kOp, ": x: got ", a.m, " tokens, for which no kernel was built");
+    const int warps = few_tokens_warps(a, *instance, facts);
+    if (warps == 0) return false;
     cuda::GemmParams p = cuda::params_of(a, weight.layout, weight.blob);
     p.m = static_cast<int>(a.m), p.x = a.x.data, p.y = y.mutable_data_ptr();
     p.schedule.k_tiles = cuda::few_tokens_tiles(a);
-    const int warps =
-        cuda::few_tokens_warps(a.weight.n, facts.sms, instance->few_warp_bytes, facts.smem_per_block);
+    std::optional<Tensor> t;
+    if (a.rotation_size != 0) {
+        const std::vector<int64_t> shape{a.m, a.weight.k};
+        t = torch::stable::empty(shape, call.x.scalar_type(), std::nullopt, call.x.device());
+        p.t = t->mutable_data_ptr();
+        p.counters = launch_counters(kOp, y.get_device_index(), stream);
+    }
     const cudaError_t error = instance->launch_few(p, warps, stream);
     check_cuda(kOp, error, "few_tokens_kernel with " + std::to_string(warps) + " warps a block");
+    return true;
 }
 
 // Up to kMaxFusedTokens tokens: one launch for every 64.
@@ -69,10 +92,9 @@ void run_fused(FusedGemmCall& call, const CudaWeight& weight, Tensor& y, const D
     ROSAQ_CHECK(instance != nullptr, kOp, ": x: got ", a.m, " tokens, for which no kernel was built");
     cuda::GemmParams p = cuda::params_of(a, weight.layout, weight.blob);
     int per_sm = 0;
-    check_cuda(kOp, instance->blocks_per_sm(p, &per_sm), "fused_gemm_kernel on this device");
-    ROSAQ_CHECK(per_sm > 0, kOp, ": x: got ", a.m, " tokens, which need ",
-                cuda::smem_bytes(p, instance->shape), " bytes of shared memory, need at most ",
-                facts.smem_per_block, " on this device");
+    check_cuda(kOp, instance->blocks_per_sm(&per_sm), "fused_gemm_kernel on this device");
+    ROSAQ_CHECK(per_sm > 0, kOp, ": x: got ", a.m, " tokens, which need ", instance->shape.smem_bytes,
+                " bytes of shared memory, need at most ", facts.smem_per_block, " on this device");
 
     const cuda::Problem problem = cuda::problem_of(a);
     const cuda::Schedule schedule = cuda::make_schedule(problem, instance->shape, facts.sms * per_sm);
@@ -116,9 +138,8 @@ Tensor fused_gemm(const Tensor& x, const Tensor& packed, std::optional<Tensor> s
     if (call.args.m == 0) return y;
     const cudaStream_t stream = current_stream(kOp, device);
     const DeviceFacts& facts = device_facts(kOp, device);
-    if (cuda::is_few_tokens(call.args))
-        run_few(call, weight, y, facts, stream);
-    else if (call.args.m <= cuda::kMaxFusedTokens)
+    if (run_few(call, weight, y, facts, stream)) return y;
+    if (call.args.m <= cuda::kMaxFusedTokens)
         run_fused(call, weight, y, facts, stream);
     else
         y = many_tokens(call, weight, stream);

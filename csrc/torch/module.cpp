@@ -74,7 +74,7 @@ py::dict cuda_schedule(int64_t m, int64_t n, int64_t k, int64_t r, bool has_basi
     if (resident < 1 || rows < 1)
         throw std::invalid_argument("resident, rows: got " + std::to_string(resident) + ", " +
                                     std::to_string(rows) + ", need at least 1");
-    const rosaq::cuda::Problem problem{m, n, k, r, has_basis, has_rotation, false};
+    const rosaq::cuda::Problem problem{m, n, k, r, has_basis, has_rotation};
     const int tokens = rosaq::cuda::tokens_for(m);
     const rosaq::cuda::InstanceShape shape{rosaq::DType::kFloat16, 3, false, tokens, rows, 0, 0};
     const rosaq::cuda::Schedule s = rosaq::cuda::make_schedule(problem, shape, resident);

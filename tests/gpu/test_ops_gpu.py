@@ -153,7 +153,7 @@ def test_any_warp_of_the_kernel_for_a_few_tokens_may_take_salient_channels(
 @pytest.mark.parametrize(
     ("m", "k", "b", "r"), [(1, 4096, 0, 2), (8, 1408, 0, 8), (1, 11008, 128, 2), (16, 4096, 32, 2)]
 )
-def test_blocks_rotate_and_project_their_own_slices(m: int, k: int, b: int, r: int) -> None:
+def test_blocks_project_their_own_slices(m: int, k: int, b: int, r: int) -> None:
     linear, x = make_linear(4096, k, 3, -1, symmetric=False), make_x(m, k, "float16")
     linear.extras |= {
         "salient_weight": torch.randn(4096, r).half(),

@@ -57,9 +57,15 @@ void run_fused(const FusedGemmArgs& a, const uint8_t* blob, int* counters, int r
     const EmulatedInstance instance = find(a, compute_major);
     const Problem problem = problem_of(a);
     GemmParams p = params_of(a, shape.layout, blob);
-    if (is_few_tokens(a)) {
+    const auto records = static_cast<int>(ceil_div<int64_t>(a.weight.n, kRecordRows));
+    if (is_few_tokens(a) && (a.rotation_size == 0 || records <= resident)) {
         p.m = static_cast<int>(a.m), p.x = a.x.data, p.y = a.y;
         p.schedule.k_tiles = few_tokens_tiles(a);
+        const Workspace workspace(a.rotation_size != 0 ? a.m * a.weight.k * 2 : 0);
+        if (a.rotation_size != 0) {
+            p.t = workspace.bytes.data(), p.counters = counters;
+            options.resident_blocks = records;  // a cooperative launch
+        }
         // As on a device of so many multiprocessors: few of them, and blocks have half of the warps.
         instance.launch_few(p, few_tokens_warps(a.weight.n, resident, 1, kFewMaxWarps), options);
         return;

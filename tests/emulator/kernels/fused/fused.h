@@ -20,7 +20,7 @@ EmulatedInstance instance() {
     using rosaq::cuda::shape_of;
     return {shape_of<Tile>(), [](const rosaq::cuda::GemmParams& p, const emu::LaunchOptions& options) {
                 emu::launch(kKernel, dim3(p.schedule.list_blocks, p.schedule.lists), dim3(Tile::kThreads),
-                            static_cast<size_t>(rosaq::cuda::smem_bytes(p, shape_of<Tile>())), options, p);
+                            static_cast<size_t>(Tile::kSmemBytes), options, p);
             }};
 }
 
@@ -30,7 +30,9 @@ EmulatedInstance instance_with_few() {
     EmulatedInstance made = instance<Tile>();
     made.launch_few = [](const rosaq::cuda::GemmParams& p, int warps, const emu::LaunchOptions& options) {
         using namespace rosaq::cuda;
-        emu::launch(few_tokens_kernel<Tile>, dim3(rosaq::ceil_div(p.n, kRecordRows)), dim3(warps * kLanes),
+        const auto kernel =
+            p.rotation_size != 0 ? few_tokens_kernel<Tile, true> : few_tokens_kernel<Tile, false>;
+        emu::launch(kernel, dim3(rosaq::ceil_div(p.n, kRecordRows)), dim3(warps * kLanes),
                     static_cast<size_t>(warps) * kFewStages * Tile::kWarpBytes, options, p);
     };
     return made;
