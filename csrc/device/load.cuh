@@ -42,9 +42,15 @@ ROSAQ_DEVICE void fetch_salient(const GemmParams& p, unsigned char* to, int row0
     // Rows that are not 16-byte aligned: few columns as a rule, so plain copies, one row a lane.
     auto* slot = reinterpret_cast<uint16_t*>(to + salient_slot(at.lane) * (kSalientCols * 2));
     const int row = row0 + at.lane;
-    for (int col = 0; col < kSalientCols; ++col) {
-        const bool inside = row < p.n && col0 + col < p.r;
-        slot[col] = inside ? weight[static_cast<int64_t>(row) * p.r + col0 + col] : uint16_t{0};
+    const uint16_t* from = weight + static_cast<int64_t>(row) * p.r + col0;
+    const int count = row < p.n ? p.r - col0 : 0;
+#pragma unroll 1
+    for (int col = 0; col < kSalientCols; col += 8) {
+        uint16_t bits[8];  // loads do not wait behind stores
+#pragma unroll
+        for (int i = 0; i < 8; ++i) bits[i] = col + i < count ? from[col + i] : uint16_t{0};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) slot[col + i] = bits[i];
     }
 }
 

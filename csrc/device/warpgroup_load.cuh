@@ -85,6 +85,43 @@ ROSAQ_DEVICE void gather_pieces(const GemmParams& p, int col0, unsigned char* x)
     }
 }
 
+// The same of up to 8 directions of a basis. A lane has two of them and every so many tokens; loads are under
+// way together, which here are many: every part of k has left its own s.
+template <class Tile>
+ROSAQ_DEVICE void gather_few_pieces(const GemmParams& p, unsigned char* x) {
+    using T = typename Tile::T;
+    constexpr int kWarps = Tile::kLoaderThreads / kLanes, kStep = kLanes / 4 * kWarps;
+    constexpr int kRounds = Tile::kTokens / kStep, kParts = 4;
+    const Lane at;
+    const int direction = at.tid * 2, token = at.warp % kWarps * (kLanes / 4) + at.gid;
+    float s[kRounds][2] = {};
+    for (int first = 0; first < p.schedule.projection_parts; first += kParts) {
+        float parts[kParts][kRounds][2];
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+            const float* from =
+                p.s_parts + (static_cast<int64_t>(first + part) * p.m + token) * p.r + direction;
+            const int tokens = first + part < p.schedule.projection_parts ? p.m - token : 0;
+#pragma unroll
+            for (int i = 0; i < kRounds; ++i)
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const bool exists = i * kStep < tokens && direction + j < p.r;
+                    parts[part][i][j] = exists ? __ldcg(from + i * kStep * p.r + j) : 0.0f;
+                }
+        }
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+#pragma unroll
+            for (int i = 0; i < kRounds; ++i) s[i][0] += parts[part][i][0], s[i][1] += parts[part][i][1];
+    }
+    unsigned char* to = x + at.tid * Tile::kPieceBytes + token * kLoadBytes;
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i)
+        *reinterpret_cast<uint4*>(to + i * kStep * kLoadBytes) =
+            make_uint4(pair_of<T>(s[i][0], s[i][1]), 0, 0, 0);
+}
+
 // Half of the warpgroup, for every other K-tile. Handing over means waiting for all loads of a thread, so the
 // halves wait in turns.
 template <class Tile>
@@ -147,7 +184,10 @@ class Loader {
         // At the first such tile; later ones find it done.
         if (p_.schedule.projection_parts != 0)
             grid_.wait_part(half_, Tile::kLoaderThreads, kLoaderBarrier + half_);
-        gather_pieces<Tile>(p_, col0, ring_.x(stage));
+        if (p_.salient_index == nullptr && p_.r <= kFewDirections)
+            gather_few_pieces<Tile>(p_, ring_.x(stage));
+        else
+            gather_pieces<Tile>(p_, col0, ring_.x(stage));
         ptx::cp_async_wait<0>();
     }
 
