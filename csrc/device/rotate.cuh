@@ -123,7 +123,7 @@ ROSAQ_DEVICE void multiply_columns(const typename Tile::T* x, int64_t k, int m, 
                                    const SkinnyMatrix& w, int begin, int end, int step, int col0,
                                    float (&sum)[Tile::kTokenTiles][4], const Lane& at) {
     using T = typename Tile::T;
-    constexpr int kAtOnce = Tile::kTokenTiles <= 2 ? 4 : Tile::kTokenTiles == 4 ? 2 : 1;
+    constexpr int kAtOnce = Tile::kTokenTiles == 1 ? 4 : Tile::kTokenTiles <= 4 ? 2 : 1;
     for (int first = begin; first < end; first += kAtOnce * step) {
         uint32_t rows[kAtOnce * 4];
         uint2 tokens[kAtOnce][Tile::kTokenTiles];
@@ -215,7 +215,7 @@ ROSAQ_DEVICE void rotate_columns(const GemmParams& p, int col0, const Lane& at) 
             store_columns(p, t, tile * 8, col0, sum, at);
         }
     } else {
-        // Half of the matrix at a time: registers are scarce beside the streams that have started.
+        // A part of the matrix at a time: registers are scarce beside the streams that have started.
         float sum[Tile::kTokenTiles][4] = {};
         multiply_columns<Tile, true>(x, p.k, p.m, x0, rotation_around(p, col0), 0, b, 16, col, sum, at);
 #pragma unroll
