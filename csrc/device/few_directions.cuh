@@ -4,9 +4,9 @@
 // Here the tokens are the MMA's 16 rows and the directions its columns.
 #pragma once
 
+#include "columns.cuh"
 #include "load.cuh"
 #include "multiply.cuh"
-#include "rotate.cuh"
 
 namespace rosaq::cuda {
 

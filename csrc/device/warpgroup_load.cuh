@@ -3,7 +3,7 @@
 
 #include "barrier.cuh"
 #include "load.cuh"
-#include "rotate.cuh"
+#include "salient.cuh"
 #include "warpgroup_tile.cuh"
 
 #if ROSAQ_SM90A

@@ -12,6 +12,7 @@
 #include "../device/few_directions.cuh"
 #include "../device/load.cuh"
 #include "../device/multiply_halves.cuh"
+#include "../device/rotate.cuh"
 
 namespace rosaq::cuda {
 

@@ -12,6 +12,7 @@
 #include "../device/load.cuh"
 #include "../device/multiply_halves.cuh"
 #include "../device/rotate.cuh"
+#include "../device/salient.cuh"
 
 namespace rosaq::cuda {
 

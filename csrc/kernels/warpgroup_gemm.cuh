@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../device/rotate.cuh"
+#include "../device/salient.cuh"
 #include "../device/warpgroup_load.cuh"
 #include "../device/warpgroup_multiply.cuh"
 
