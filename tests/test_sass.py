@@ -36,6 +36,8 @@ FEW = re.compile(r"few_tokens_kernel<.*Tile<\w+, \d, (?P<symmetric>true|false), 
 FEW_BUDGET = {True: 23.1, False: 31.8}
 # The kernels of warpgroups, which are empty but for sm_90a.
 WARPGROUP = re.compile(r"warpgroup_gemm_kernel<.*WarpgroupTile<\w+, \d, \d+>>")
+# Loads under way together: a rotation's columns, with more than 16 tokens; indices of salient channels, with a few.
+LOADS_TOGETHER, FEW_LOADS_TOGETHER = 32, 8
 # Not a spill: an array that is indexed at run time, in a kernel that runs once for each weight, at load time.
 MAY_USE_LOCAL_MEMORY = {"rosaq::cuda::prepack_codes_kernel<4>"}
 
@@ -48,9 +50,12 @@ def plain_turn(facts: Facts) -> int:
     return 16 * min(int(found["tiles"]), 4) if found else max(map(int, facts.hot), default=0)
 
 
-def problems(facts: Facts, budget: float | None) -> list[str]:
-    """What is wrong with a kernel. budget: of its main loop; None if it needs none."""
+def problems(facts: Facts, budget: float | None, loads: int = 0) -> list[str]:
+    """What is wrong with a kernel. budget: of its main loop; None if it needs none. loads: how many have to be under
+    way together."""
     found = []
+    if facts.loads_together < loads:
+        found.append(f"{facts.loads_together} loads under way together, need {loads}")
     spilled = count(facts.all, "LDL", "STL")
     if spilled and facts.name not in MAY_USE_LOCAL_MEMORY:
         found.append(f"{spilled} accesses to local memory")
@@ -96,6 +101,15 @@ def budget_of(facts: Facts) -> float | None:
     return BUDGET[found["symmetric"] == "true", int(found["tiles"])] if found else None
 
 
+def least_loads(facts: Facts) -> int:
+    if FEW.search(facts.name):
+        return FEW_LOADS_TOGETHER
+    found = FUSED.search(facts.name)
+    if found:
+        return LOADS_TOGETHER if int(found["tiles"]) > 2 else 0
+    return LOADS_TOGETHER if WARPGROUP.search(facts.name) and facts.arch == "sm_90a" else 0
+
+
 @pytest.mark.parametrize("arch", cuda.DEFAULT_ARCHS)
 def test_kernels_are_what_they_were_written_to_be(arch: str) -> None:
     if not _C.build_info()["cuda"]:
@@ -109,7 +123,7 @@ def test_kernels_are_what_they_were_written_to_be(arch: str) -> None:
     assert sum(FUSED.search(facts.name) is not None for facts in kernels) == len(instances) - len(warpgroups)
     # With a rotation and without.
     assert sum(FEW.search(facts.name) is not None for facts in kernels) == 2 * sum("_m8." in name for name in instances)
-    found = {f"{facts.name} sm_{arch}": problems(facts, budget_of(facts)) for facts in kernels}
+    found = {f"{facts.name} sm_{arch}": problems(facts, budget_of(facts), least_loads(facts)) for facts in kernels}
     for facts in warpgroups:
         if arch == "90a":
             found[f"{facts.name} sm_{arch}"] += warpgroup_problems(facts)
@@ -167,7 +181,7 @@ def test_planted_kernels_are_told_apart(
 )
 def test_a_serialised_warpgroup_is_found(products: int, waits: int, shares: int, found: list[str]) -> None:
     opcodes = {"HGMMA.64": products, "WARPGROUP.DEPBAR.LE": waits, "USETMAXREG.DEALLOC.CTAPOOL": shares}
-    assert warpgroup_problems(Facts("warpgroup", "90a", opcodes, 0, {})) == found
+    assert warpgroup_problems(Facts("warpgroup", "90a", opcodes, 0, 0, {})) == found
 
 
 @pytest.mark.parametrize(
@@ -184,6 +198,25 @@ def test_a_descriptor_in_an_odd_register_is_found(operands: str, found: list[str
     text = f".text.copies:\n        /*cab0*/                   LDGSTS.E.BYPASS.128 {operands} ;\n"
     (kernel,) = disassembly.parse(text, "sm_90a")
     assert problems(of_kernel(kernel), budget=None) == found
+
+
+@pytest.mark.parametrize(
+    ("lines", "together"),
+    [
+        (["LDG.E R4, [R2.64]", "LDG.E R5, [R2.64+0x4]", "LDG.E R6, [R2.64+0x8]", "FADD R7, R4, R5"], 3),
+        (["LDG.E R4, [R2.64]", "FADD R7, R4, R7", "LDG.E R5, [R2.64+0x4]", "FADD R7, R5, R7"], 1),
+        (["LDG.E R4, [R2.64]", "LDG.E R5, [R4.64]"], 1),
+        (["LDG.E R4, [R2.64]", "@P0 BRA `(.L_x_1)", "LDG.E R5, [R2.64+0x4]"], 1),
+    ],
+)
+def test_loads_that_wait_for_each_other_are_counted_alone(lines: list[str], together: int) -> None:
+    text = "".join(f"        /*{16 * i:04x}*/                   {line} ;\n" for i, line in enumerate(lines))
+    (kernel,) = disassembly.parse(f".text.loads:\n{text}.L_x_1:\n        /*0100*/  EXIT ;\n", "sm_90a")
+    facts = of_kernel(kernel)
+    assert facts.loads_together == together
+    wanted = [f"{together} loads under way together, need 4"]
+    assert problems(facts, budget=None, loads=4) == wanted
+    assert problems(facts, budget=None, loads=together) == []
 
 
 def test_a_binary_without_device_code_has_no_kernels(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -21,18 +22,22 @@ from tests.sass.loops import hot_paths, main_loop
 FOLDER = Path(__file__).resolve().parent
 CACHE = FOLDER.parent.parent / "build" / "sass"
 
+REGISTER = re.compile(r"\bR\d+\b")
+
 Opcodes = dict[str, int]  # with all suffixes, and how many there are
 
 
 @dataclass(frozen=True)
 class Facts:
-    """One kernel for one architecture. `odd_descriptors`: how many instructions have such a memory descriptor; `hot`:
-    turns of the main loop by their MMAs, see loops.py; empty without one."""
+    """One kernel for one architecture. `odd_descriptors`: how many instructions have such a memory descriptor;
+    `loads_together`: see `loads_together`; `hot`: turns of the main loop by their MMAs, see loops.py; empty without
+    one."""
 
     name: str
     arch: str
     all: Opcodes
     odd_descriptors: int
+    loads_together: int
     hot: dict[str, Opcodes]  # the key is a number: JSON has no others
 
 
@@ -45,12 +50,29 @@ def _opcodes(instructions: Iterable[Instruction]) -> Opcodes:
     return dict(Counter(instruction.opcode for instruction in instructions))
 
 
+def loads_together(kernel: Kernel) -> int:
+    """The most loads of four bytes that are under way together: in a straight line, before one of their values is
+    read. Rotations and bases are loaded like that; a branch behind each, and every load waits for the one before."""
+    most = 0
+    for block in kernel.blocks:
+        loaded: list[str] = []
+        for instruction in block:
+            target, *sources = REGISTER.findall(instruction.operands) or [""]
+            if instruction.opcode == "LDG.E":
+                loaded = [] if any(source in loaded for source in sources) else loaded
+                loaded.append(target)
+            elif any(source in loaded for source in sources):
+                loaded = []
+            most = max(most, len(loaded))
+    return most
+
+
 def of_kernel(kernel: Kernel) -> Facts:
     loop = main_loop(kernel)
     turns = hot_paths(kernel, loop) if loop else {}
     hot = {str(mma): _opcodes(path) for mma, path in turns.items() if mma > 0}
     odd = sum(instruction.has_odd_descriptor for instruction in kernel.instructions)
-    return Facts(kernel.name, kernel.arch, _opcodes(kernel.instructions), odd, hot)
+    return Facts(kernel.name, kernel.arch, _opcodes(kernel.instructions), odd, loads_together(kernel), hot)
 
 
 def _of_cubin(cubin: Path, arch: str) -> list[Facts]:
