@@ -107,7 +107,7 @@ def least_loads(facts: Facts) -> int:
     found = FUSED.search(facts.name)
     if found:
         return LOADS_TOGETHER if int(found["tiles"]) > 2 else 0
-    return LOADS_TOGETHER if WARPGROUP.search(facts.name) and facts.arch == "sm_90a" else 0
+    return LOADS_TOGETHER if WARPGROUP.search(facts.name) and facts.arch == "90a" else 0
 
 
 @pytest.mark.parametrize("arch", cuda.DEFAULT_ARCHS)
