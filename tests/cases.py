@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rosaq import ops
+from rosaq import ops, reference
 from rosaq.config import LinearFormat
 from rosaq.layout import dequantize
 
@@ -111,6 +111,10 @@ class Linear:
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [n, k]."""
         return dequantize(self.qweight, self.scales, self.zeros, self.fmt.bits, dtype)
+
+    def expected(self, x: Tensor) -> Tensor:
+        """y in float64, by the definition."""
+        return reference.fused_gemm(x, self.qweight, self.scales, self.zeros, self.fmt.bits, **self.extras)
 
     def plain(self, x: Tensor) -> Tensor:
         """What a PyTorch user would write: the same equation in x's dtype."""

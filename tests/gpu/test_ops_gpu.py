@@ -8,7 +8,7 @@ from cases import CUDA_OPTIONS, Case, Linear, build, case_id, make_linear, make_
 from tolerances import assert_as_good_as
 from torch import Tensor
 
-from rosaq import _C, RosaqLinear, ops, reference
+from rosaq import _C, RosaqLinear, ops
 from rosaq.config import LinearFormat
 
 pytestmark = [
@@ -29,10 +29,6 @@ def on_gpu(linear: Linear) -> Linear:
     return Linear(linear.fmt, linear.qweight.to(DEVICE), linear.scales.to(DEVICE), zeros, extras)
 
 
-def want(linear: Linear, x: Tensor) -> Tensor:
-    return reference.fused_gemm(x, linear.qweight, linear.scales, linear.zeros, linear.fmt.bits, **linear.extras)
-
-
 def with_everything(n: int = 576, k: int = 768, r: int = 33) -> Linear:
     linear = make_linear(n, k, 3, 64, symmetric=False)
     linear.extras |= {
@@ -47,7 +43,7 @@ def with_everything(n: int = 576, k: int = 768, r: int = 33) -> Linear:
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_fused_gemm_is_as_good_as_pytorch(case: Case) -> None:
     linear, x = build(case)
-    expected, device_linear = want(linear, x), on_gpu(linear)
+    expected, device_linear = linear.expected(x), on_gpu(linear)
     y = device_linear.run(x.to(DEVICE))
     assert_as_good_as(y.cpu(), device_linear.plain(x.to(DEVICE)).cpu(), expected)
     assert torch.equal(y, device_linear.run(x.to(DEVICE)))
@@ -132,7 +128,7 @@ def test_blocks_of_few_and_many_warps_take_turns() -> None:
     for n in (64, 64 * sms + 32, 64):
         linear, x = make_linear(n, 768, 3, 64), make_x(3, 768, "float16")
         y = on_gpu(linear).run(x.to(DEVICE))
-        assert_as_good_as(y.cpu(), on_gpu(linear).plain(x.to(DEVICE)).cpu(), want(linear, x))
+        assert_as_good_as(y.cpu(), on_gpu(linear).plain(x.to(DEVICE)).cpu(), linear.expected(x))
 
 
 @pytest.mark.parametrize("num_rows", [64, 64 * 256], ids=["16 warps", "8 warps"])
@@ -147,7 +143,7 @@ def test_any_warp_of_the_kernel_for_a_few_tokens_may_take_salient_channels(
         "salient_index": torch.randperm(k)[:r].int(),
     }
     y = on_gpu(linear).run(x.to(DEVICE))
-    assert_as_good_as(y.cpu(), on_gpu(linear).plain(x.to(DEVICE)).cpu(), want(linear, x))
+    assert_as_good_as(y.cpu(), on_gpu(linear).plain(x.to(DEVICE)).cpu(), linear.expected(x))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +157,7 @@ def test_blocks_project_their_own_slices(m: int, k: int, b: int, r: int) -> None
         "rotation": random_rotation(1, b) if b else None,
     }
     y = on_gpu(linear).run(x.to(DEVICE))
-    assert_as_good_as(y.cpu(), on_gpu(linear).plain(x.to(DEVICE)).cpu(), want(linear, x))
+    assert_as_good_as(y.cpu(), on_gpu(linear).plain(x.to(DEVICE)).cpu(), linear.expected(x))
 
 
 @pytest.mark.parametrize(("n", "k", "group_size"), [(4096, 4096, 128), (1024, 11008, -1), (14336, 1024, 64)])
@@ -173,7 +169,7 @@ def test_large_linears_with_some_tokens(m: int, n: int, k: int, group_size: int)
     device_linear, x_there = on_gpu(linear), x.to(DEVICE)
     packed = device_linear.packed()
     y = device_linear.run(x_there, packed)
-    assert_as_good_as(y.cpu(), device_linear.plain(x_there).cpu(), want(linear, x))
+    assert_as_good_as(y.cpu(), device_linear.plain(x_there).cpu(), linear.expected(x))
     assert all(torch.equal(y, device_linear.run(x_there, packed)) for _ in range(20))
 
 
@@ -182,7 +178,7 @@ def test_both_sides_of_the_switch_to_a_plain_matmul_agree(m: int) -> None:
     linear = with_everything()
     x = make_x(m, linear.k, "float16")
     y = on_gpu(linear).run(x.to(DEVICE))
-    assert_as_good_as(y.cpu(), on_gpu(linear).plain(x.to(DEVICE)).cpu(), want(linear, x))
+    assert_as_good_as(y.cpu(), on_gpu(linear).plain(x.to(DEVICE)).cpu(), linear.expected(x))
 
 
 def test_compile_and_opcheck() -> None:
@@ -201,7 +197,7 @@ def test_a_module_moves_between_devices_bit_for_bit() -> None:
     x = make_x(4, 128, "float16")
     on_cpu = module(x)
     moved = module.to(DEVICE)
-    assert_as_good_as(moved(x.to(DEVICE)).cpu(), on_cpu, want(linear, x))
+    assert_as_good_as(moved(x.to(DEVICE)).cpu(), on_cpu, linear.expected(x))
     back = moved.cpu().state_dict()
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
 
