@@ -33,7 +33,7 @@ RECIPES: dict[str, Recipe] = {
         "rosaq-gptq",
         replace(_GPTQ, group_size=-1, refine=3),
         RotationSpec("pca-random", "random", "hadamard"),
-        SalientSpec(AUTO, basis=("values", "hidden"), online=2),
+        SalientSpec(AUTO, sites=("residual",)),
         ImportanceSpec("attention", 0.01),
         moments="dense",
         tune=TuneSpec(steps=64, model_steps=32),
@@ -110,7 +110,7 @@ def make_recipe(
             raise ValueError(f"salient: got {salient}, need 0 or more")
         if salient and chosen.by == "eigenvalue" and not recipe.has_principal_directions:
             chosen = replace(chosen, by="energy")  # without principal axes the largest channels are what there is
-        chosen = replace(chosen, count=salient, online=chosen.online if salient else None)
+        chosen = replace(chosen, count=salient)
     listened = recipe.importance if importance is None else replace(recipe.importance, strategy=importance)
     times, steps = preset_of(preset), recipe.tune
     tune = replace(steps, steps=steps.steps * times.steps, model_steps=steps.model_steps * times.model_steps)

@@ -48,20 +48,16 @@ class SalientSpec:
     sites   which sites keep them, by what they read ("residual", "values", "hidden").
     basis   where they are an online basis, made of the site's own principal directions: sites whose input no rotation
             folds into; the others keep channels. (Only by "eigenvalue".)
-    online  directions at the sites of `basis`, where that is another number than `count`.
     """
 
     count: int = 0
     by: Literal["eigenvalue", "energy"] = "eigenvalue"
     sites: tuple[str, ...] = ("residual", "values", "hidden")
     basis: tuple[str, ...] = ("hidden",)
-    online: int | None = None
 
     def count_at(self, reads: str) -> int:
         """Directions kept at a site that reads `reads`."""
-        if reads not in self.sites:
-            return 0
-        return self.online if self.online is not None and self.is_basis(reads) else self.count
+        return self.count if reads in self.sites else 0
 
     def is_basis(self, reads: str) -> bool:
         """True where the directions are projections made online."""

@@ -21,7 +21,7 @@ import rosaq
 from rosaq.evaluation import evaluate, load_subject
 from rosaq.recipes import DEFAULT_RECIPE, RECIPES, make_recipe
 from rosaq.report.record import environment
-from rosaq.specs import BudgetSpec, ImportanceSpec, Recipe
+from rosaq.specs import BudgetSpec, ImportanceSpec, Recipe, SalientSpec
 from rosaq.text import read_text, select_documents
 
 CONTEXT = 512
@@ -39,10 +39,10 @@ def variants() -> dict[str, Recipe]:
         "no principal directions on the residual stream": replace(
             SHIPPED,
             rotation=replace(rotation, residual="random"),
-            salient=replace(salient, sites=("values", "hidden")),
+            salient=replace(salient, count=0),
         ),
         "one direction a site at most": replace(SHIPPED, budget=replace(SHIPPED.budget, most=1)),
-        "no bases at o_proj and down_proj": replace(SHIPPED, salient=replace(salient, sites=("residual",))),
+        "bases of two at o_proj and down_proj": replace(SHIPPED, salient=SalientSpec(2, basis=("values", "hidden"))),
         "no rotation of values": replace(SHIPPED, rotation=replace(rotation, values="none")),
         "no rotation at down_proj": replace(SHIPPED, rotation=replace(rotation, mlp_out="none")),
         "no refinement": replace(SHIPPED, quant=replace(quant, refine=0)),
