@@ -111,7 +111,7 @@ def row(n: int, k: int, m: int, bandwidth: float, rivals: Callable[[Tensor, int]
         # As the default recipe makes them: q/k/v, gate/up; down_proj.
         "int3_rows": ours(x, n, 3, group=-1, symmetric=False, r=16),
         "int3_rows_rotation": ours(x, n, 3, group=-1, symmetric=False, rotation=32),
-        # As a family makes its down_proj whose norms do not let rotations fold.
+        # q/k/v and gate/up of a family whose norms do not let rotations fold.
         "int3_rows_basis": ours(x, n, 3, group=-1, symmetric=False, basis=2, rotation=32),
         **others,
     }
