@@ -255,6 +255,24 @@ class CalibrationSpec:
             raise ValueError(f"seed: got {self.seed}, need 0 <= seed < 2**31")
 
 
+@dataclass(frozen=True)
+class RowSpec:
+    """Error feedback between the rows of a weight, by the gradient of the predictions at its outputs (YAQA).
+
+    parts       that the rows of every linear are rounded in, each making up for the errors of those before; 1: rows
+                are independent, as in GPTQ.
+    sequences   of the calibration text that the gradient is taken on.
+    """
+
+    parts: int = 1
+    sequences: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("parts", "sequences"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, need at least 1")
+
+
 HEAD_IN_16_BITS = 16
 
 
@@ -264,6 +282,7 @@ class Recipe:
 
     moments   whose tokens the second moments are measured on: "quantised", of the model whose earlier blocks and sites
               are quantised already (as GPTQ does), or "dense", of the original (one forward pass instead of four).
+    rows      error feedback between the rows of the blocks' linears.
     head_bits width of the output head's codes, 3 or 4; 16 leaves it alone. No budget counts it or changes it.
     """
 
@@ -275,6 +294,7 @@ class Recipe:
     moments: Literal["quantised", "dense"] = "quantised"
     tune: TuneSpec = TuneSpec()
     budget: BudgetSpec = BudgetSpec()
+    rows: RowSpec = RowSpec()
     head_bits: int = HEAD_IN_16_BITS
 
     def __post_init__(self) -> None:
@@ -284,6 +304,11 @@ class Recipe:
             raise ValueError(f"budget: got one with moments {self.moments!r}, need 'dense' (recipe rosaq-gptq)")
         if self.tunes and self.moments != "dense":
             raise ValueError(f"tune: got steps with moments {self.moments!r}, need 'dense'")
+        if self.rows.parts > 1 and (self.moments != "dense" or self.quant.method != "gptq"):
+            raise ValueError(
+                f"rows: got {self.rows.parts} parts with moments {self.moments!r} and method {self.quant.method!r}, "
+                "need 'dense' and 'gptq'"
+            )
         if self.rotation.any_dense and (self.tunes or not self.budget.is_fixed):
             raise ValueError("rotation: got 'dense' with tuning or a budget, need a rotation chosen before the codes")
         both = [r for r in self.salient.sites if self.rotation.is_dense(r) and self.salient.is_basis(r)]
@@ -299,6 +324,11 @@ class Recipe:
     def tunes(self) -> bool:
         """True when anything is tuned after it is quantised."""
         return bool(self.tune.steps or self.tune.model_steps)
+
+    @property
+    def has_row_feedback(self) -> bool:
+        """True when the rows of a weight hear of each other's errors."""
+        return self.rows.parts > 1
 
     @property
     def has_principal_directions(self) -> bool:

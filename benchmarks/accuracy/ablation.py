@@ -21,7 +21,7 @@ import rosaq
 from rosaq.evaluation import evaluate, load_subject
 from rosaq.recipes import DEFAULT_RECIPE, RECIPES, make_recipe
 from rosaq.report.record import environment
-from rosaq.specs import BudgetSpec, ImportanceSpec, Recipe, SalientSpec
+from rosaq.specs import BudgetSpec, ImportanceSpec, Recipe, RowSpec, SalientSpec
 from rosaq.text import read_text, select_documents
 
 CONTEXT = 512
@@ -45,6 +45,7 @@ def variants() -> dict[str, Recipe]:
         "bases of two at o_proj and down_proj": replace(SHIPPED, salient=SalientSpec(2, basis=("values", "hidden"))),
         "no rotation of values": replace(SHIPPED, rotation=replace(rotation, values="none")),
         "no rotation at down_proj": replace(SHIPPED, rotation=replace(rotation, mlp_out="none")),
+        "errors carried from row to row": replace(SHIPPED, rows=RowSpec(parts=8)),
         "no refinement": replace(SHIPPED, quant=replace(quant, refine=0)),
         "no clip search": replace(SHIPPED, quant=replace(quant, clip=False)),
         "round to nearest": replace(SHIPPED, quant=replace(quant, method="rtn", refine=0)),

@@ -12,7 +12,7 @@ from rosaq.calibrate.ranks import (
     sum_over_ranks,
     wait_for_all,
 )
-from rosaq.calibrate.sensitivity import BLOCK, output_sensitivity
+from rosaq.calibrate.sensitivity import BLOCK, output_gradients, output_sensitivity
 
 __all__ = [
     "BLOCK",
@@ -27,6 +27,7 @@ __all__ = [
     "is_first_rank",
     "mean_over_ranks",
     "num_ranks",
+    "output_gradients",
     "output_sensitivity",
     "own_share",
     "sum_over_ranks",

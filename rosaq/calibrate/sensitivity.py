@@ -45,13 +45,42 @@ def output_sensitivity(
     [batch, length, d]: after the embedding. One forward sweep over the blocks and one back; memory holds the hidden
     states of every block for this batch, and one block.
     """
-    states = [hidden]
-    for index in range(model.sizes.num_blocks):
-        states.append(model.run(index, weights(index), states[-1]))
+    states = _states(model, weights, hidden)
     gradient = _of_predictions(model, gain, head, states.pop(), generator)
     for index in reversed(range(model.sizes.num_blocks)):
         gradient, found = _through_block(model, index, weights(index), states.pop(), gradient)
         yield found
+
+
+def output_gradients(
+    model: BlockModel,
+    weights: Callable[[int], Tensors],
+    gain: Tensor,
+    head: Tensor,
+    hidden: Tensor,
+    generator: torch.Generator,
+) -> Iterator[tuple[int, Tensor]]:
+    """(block, gradient of the summed log p(y) at its output [batch, length, d]), from the last block to the first;
+    arguments, labels y and memory as of `output_sensitivity`."""
+    states = _states(model, weights, hidden)
+    gradient = _of_predictions(model, gain, head, states.pop(), generator)
+    for index in reversed(range(model.sizes.num_blocks)):
+        yield index, gradient
+        before, found = states.pop(), []
+        tensors = weights(index) if index else {}  # nothing asks for the gradient of the embedded text
+        parts = zip(before.split(_SEQUENCES_AT_ONCE), gradient.split(_SEQUENCES_AT_ONCE), strict=True)
+        for given, slope in parts if index else ():
+            leaf = given.clone().requires_grad_()
+            found.append(torch.autograd.grad(model.forward(index, tensors, leaf), leaf, slope)[0])
+        gradient = torch.cat(found) if found else gradient
+
+
+def _states(model: BlockModel, weights: Callable[[int], Tensors], hidden: Tensor) -> list[Tensor]:
+    """Hidden states before every block, and behind the last one."""
+    states = [hidden]
+    for index in range(model.sizes.num_blocks):
+        states.append(model.run(index, weights(index), states[-1]))
+    return states
 
 
 def _of_predictions(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -16,7 +16,9 @@ from rosaq.layout import dense_weight
 from rosaq.models import Family, Site
 from rosaq.pipeline.budget import SiteChoice
 from rosaq.pipeline.moments import SiteMoments
+from rosaq.pipeline.output_moments import OutputMoments
 from rosaq.pipeline.site import SHARED, LinearReport, SitePlan
+from rosaq.quantizers import RowFeedback
 from rosaq.rotation import BlockRotations, rotate_blocks
 from rosaq.specs import Recipe
 from rosaq.tuning import TunedBlock, TunedLinear, TuningTokens, tune_block
@@ -37,7 +39,9 @@ def formats(
 
 @dataclass(frozen=True)
 class BlockTask:
-    """One block to quantise. weights: folded and rotated, float32, not changed. dtype: of what stays in 16 bits."""
+    """One block to quantise. weights: folded and rotated, float32, not changed. dtype: of what stays in 16 bits.
+    gradient: of the predictions at the block's output, this rank's first batches [batch, length, d], where the recipe
+    has feedback between rows."""
 
     model: BlockModel
     index: int
@@ -47,6 +51,7 @@ class BlockTask:
     choices: dict[str, SiteChoice]
     seed: int
     dtype: torch.dtype
+    gradient: list[Tensor] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -96,12 +101,16 @@ def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
     outputs, made, loss = list[Tensor](), dict[str, Tensors](), None
     if recipe.moments == "dense":
         outputs = moments.measure(current, streams.moments, model.family.sites, to_the_end=True)
+    of_outputs: Tensors = {}
+    if task.gradient:
+        measured = OutputMoments(model, task.index, task.rotations, moments.grams, recipe.quant.damping)
+        of_outputs = measured.measure(current, streams.moments, task.gradient)
     for _, stage in groupby(model.family.sites, key=lambda site: site.stage):
         sites = list(stage)
         if streams.moments and sites[0].name not in moments.grams:
             moments.measure(current, streams.moments, sites)
         for site in sites:
-            made |= _quantize_site(site, task, moments.grams.get(site.name))
+            made |= _quantize_site(site, task, moments.grams.get(site.name), of_outputs)
         for linear in (linear for site in sites for linear in site.linears):
             current[f"{linear}.weight"] = dense_weight(made[linear], fmts[linear])
     gains: Tensors = {}
@@ -169,10 +178,13 @@ def online(weights: Tensors, family: Family, rotations: BlockRotations) -> Tenso
     return result
 
 
-def _quantize_site(site: Site, task: BlockTask, gram: Tensor | None) -> dict[str, Tensors]:
-    """Quantise the linears of a site as one stacked matrix (rows are independent), and cut the result."""
+def _quantize_site(site: Site, task: BlockTask, gram: Tensor | None, of_outputs: Tensors) -> dict[str, Tensors]:
+    """Quantise the linears of a site as one stacked matrix (rows of one linear do not hear of another's), and cut the
+    result. of_outputs: {linear: second moments [n, n] of the gradient at its output}, for feedback between rows."""
     own = [task.weights[f"{linear}.weight"] for linear in site.linears]
-    tensors = task.plan(site).quantize(torch.cat(own), gram, task.name + site.linears[0])
+    known = [of_outputs.get(linear) for linear in site.linears]
+    feedback = RowFeedback(known, [len(w) for w in own], task.recipe.rows.parts) if of_outputs else None
+    tensors = task.plan(site).quantize(torch.cat(own), gram, task.name + site.linears[0], feedback)
     cut = {name: tensor.split([len(w) for w in own]) for name, tensor in tensors.items() if name not in SHARED}
     return {
         linear: {name: cut[name][i].clone() if name in cut else tensor for name, tensor in tensors.items()}

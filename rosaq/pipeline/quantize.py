@@ -163,6 +163,7 @@ def quantize(
         run.choose_rotations()
         run.share_out_bits()
         run.mix_unkept_axes()
+        run.measure_gradients()
         run.quantize_blocks()
         run.tune_model()
         error = run.check_logits()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import num_ranks, own_share
+from rosaq.calibrate import num_ranks, output_gradients, own_share
 from rosaq.pipeline.block import BlockTask, Streams, online, quantize_block, runnable
 from rosaq.pipeline.budget import Choices, SiteChoice, same_everywhere, share_out
 from rosaq.pipeline.head import final_gain, head_rows, quantize_head
@@ -115,6 +115,33 @@ class Run:
             assert saved is not None
         self.rotations = Rotations.from_tensors(saved[0])
 
+    def measure_gradients(self) -> None:
+        """The gradient of the predictions at the output of every block, where rows hear of each other's errors."""
+        first = _gradient_name(0)  # the sweep back ends there
+        if not self._recipe.has_row_feedback or self._work.load(first) is not None:
+            return
+        model, ids = self._dense.passes, self._ids[: self._recipe.rows.sequences]
+        found = output_gradients(
+            model,
+            self._running,
+            *self._final(),
+            self._embed(ids, self.rotations.residual),
+            torch.Generator().manual_seed(self._spec.seed),
+        )
+        for index, gradient in found:
+            self._work.save(_gradient_name(index), {"gradient": gradient.to(torch.bfloat16)}, {})
+            release_freed_memory()
+
+    def _gradient(self, index: int) -> list[Tensor]:
+        """Of block `index`, this rank's batches."""
+        saved = self._work.load(_gradient_name(index)) if self._recipe.has_row_feedback else None
+        return [] if saved is None else own_share(list(saved[0]["gradient"].split(self._spec.batch_size)))
+
+    def _running(self, index: int) -> Tensors:
+        """The rotated weights of block `index` as plain modules run them."""
+        weights = self._rotated(index, self._dense.block(index))
+        return online(weights, self._dense.blocks.family, self.rotations.of_block(index))
+
     @property
     def plan(self) -> Plan:
         """What the stages so far decided."""
@@ -194,12 +221,7 @@ class Run:
         if outputs:
             streams.moments[:] = outputs
         elif self._recipe.moments == "dense":
-            weights = online(
-                self._rotated(index, self._dense.block(index)),
-                self._dense.blocks.family,
-                self.rotations.of_block(index),
-            )
-            self._through(index, streams.moments, weights)
+            self._through(index, streams.moments, self._running(index))
         else:
             through_quantised.append(streams.moments)
         if any(through_quantised):
@@ -220,7 +242,15 @@ class Run:
         dense, dtype = self._dense.block(index), self._dense.dtype
         weights = self._rotated(index, dense)
         task = BlockTask(
-            self._dense.passes, index, weights, self._recipe, rotations, self.choices[index], self._spec.seed, dtype
+            self._dense.passes,
+            index,
+            weights,
+            self._recipe,
+            rotations,
+            self.choices[index],
+            self._spec.seed,
+            dtype,
+            self._gradient(index),
         )
         result = quantize_block(task, streams)
         stored = result.stored
@@ -278,6 +308,11 @@ class Run:
         batches = own_share(list(self._ids.split(self._spec.batch_size))[:most])
         hidden = self._embed(torch.cat(batches), residual)
         return list(hidden.split([len(batch) for batch in batches]))
+
+
+def _gradient_name(index: int) -> str:
+    """Of the saved gradient at the output of block `index`."""
+    return f"gradient-{index:05d}"
 
 
 def _mean_db(reports: list[LinearReport], last: int) -> float:

@@ -14,6 +14,7 @@ from rosaq.models import Site
 from rosaq.pipeline.budget import SiteChoice
 from rosaq.quantizers import (
     NotPositiveDefiniteError,
+    RowFeedback,
     energy_index,
     quantize_in_axes,
     quantize_weight,
@@ -70,9 +71,10 @@ class SitePlan:
             return replace(fmt, rotation_blocks=self.rotation.shape[0], rotation_size=self.rotation.shape[1])
         return replace(fmt, rotation_blocks=1, rotation_size=in_features) if self.is_in_axes else fmt
 
-    def quantize(self, w: Tensor, gram: Tensor | None, name: str) -> Tensors:
+    def quantize(self, w: Tensor, gram: Tensor | None, name: str, feedback: RowFeedback | None = None) -> Tensors:
         """Rows w [n, k] float32, folded and rotated, and second moments gram [k, k] of the input in the online basis
-        (None: a recipe without calibration) -> the tensors of the disk layout. Rows are independent given gram.
+        (None: a recipe without calibration) -> the tensors of the disk layout. Rows are independent given gram, but
+        for `feedback`.
 
         Raises ValueError (NotPositiveDefiniteError with `name`) as the quantisers do.
         """
@@ -83,10 +85,10 @@ class SitePlan:
                 tensors = quantize_in_axes(w, gram, quant, count)
             elif self.is_basis:
                 assert gram is not None
-                tensors = quantize_with_basis(w, gram, quant, count)
+                tensors = quantize_with_basis(w, gram, quant, count, feedback)
             else:
                 index = salient_index(self.site, gram, self.recipe, count) if count else None
-                tensors = quantize_weight(w, gram, quant, index)
+                tensors = quantize_weight(w, gram, quant, index, feedback)
         except NotPositiveDefiniteError as error:
             raise NotPositiveDefiniteError(f"{name}: {error}") from error
         return tensors if self.rotation is None else tensors | {"rotation": self.rotation}

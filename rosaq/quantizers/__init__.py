@@ -3,12 +3,14 @@
 from rosaq.quantizers.gptq import NotPositiveDefiniteError, damping_term, gptq
 from rosaq.quantizers.grid import Grid, fit_grid
 from rosaq.quantizers.quantize import quantize_in_axes, quantize_weight, quantize_with_basis
+from rosaq.quantizers.row_feedback import RowFeedback
 from rosaq.quantizers.rtn import rtn
 from rosaq.quantizers.salient import energy_index
 
 __all__ = [
     "Grid",
     "NotPositiveDefiniteError",
+    "RowFeedback",
     "damping_term",
     "energy_index",
     "fit_grid",

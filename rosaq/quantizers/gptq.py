@@ -111,16 +111,35 @@ def _by_energy(energy: Tensor, salient: Tensor, group_size: int) -> Tensor:
     return inside[place[inside // group_size].argsort(stable=True)]
 
 
+class Columns(NamedTuple):
+    """The order of the columns and how errors pass between them: bulk int64, as they are rounded; kept int64, the
+    salient ones; factor [k, k] float32 in that order."""
+
+    bulk: Tensor
+    kept: Tensor
+    factor: Tensor
+
+
+def order_columns(gram: Tensor, spec: QuantSpec, group_size: int, salient: Tensor) -> Columns:
+    """What `round_columns` needs of gram [k, k] float64, whatever rows it is to round; salient bool [k]."""
+    bulk, kept = _by_energy(torch.diagonal(gram), salient, group_size), torch.nonzero(salient).flatten()
+    order = torch.cat([bulk, kept])
+    return Columns(bulk, kept, inverse_factor(gram[order][:, order], len(bulk), spec.damping).float())
+
+
 def gptq(w: Tensor, gram: Tensor, spec: QuantSpec, group_size: int, salient: Tensor) -> tuple[Tensor, Grid, Tensor]:
     """w [n, k] float32, gram [k, k] float64, salient bool [k] -> (codes [n, k], grid [n, k / group_size], salient
     weights [n, r] float32, corrected). Codes of salient columns are the zero point: they dequantise to exactly 0."""
+    return round_columns(w, order_columns(gram, spec, group_size, salient), spec, group_size)
+
+
+def round_columns(w: Tensor, given: Columns, spec: QuantSpec, group_size: int) -> tuple[Tensor, Grid, Tensor]:
+    """`gptq` of rows w [n, k] once the columns are in order."""
     n, k = w.shape
-    bulk, kept = _by_energy(torch.diagonal(gram), salient, group_size), torch.nonzero(salient).flatten()
-    order = torch.cat([bulk, kept])
-    factor = inverse_factor(gram[order][:, order], len(bulk), spec.damping).float()
+    bulk, kept, factor = given
     importance = torch.diagonal(factor) ** -2.0  # the loss that a unit error in a column leaves after feedback
 
-    work = w[:, order].contiguous()
+    work = w[:, torch.cat([bulk, kept])].contiguous()
     grid = empty_grid(n, k // group_size, spec, w.device)
     codes = torch.empty(k, n, device=w.device)  # columns are written one by one
     numbers = bulk.tolist()  # read once: asking a GPU for one per column would wait for it every time

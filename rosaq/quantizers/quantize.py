@@ -7,9 +7,10 @@ from torch import Tensor
 
 from rosaq.config import LinearFormat
 from rosaq.layout import dequantize, pack
-from rosaq.quantizers.gptq import damping_term, gptq
+from rosaq.quantizers.gptq import damping_term, order_columns, round_columns
 from rosaq.quantizers.grid import Grid
-from rosaq.quantizers.refine import refine
+from rosaq.quantizers.refine import refine, stored_weight
+from rosaq.quantizers.row_feedback import RowFeedback
 from rosaq.quantizers.rtn import rtn
 from rosaq.quantizers.salient import salient_mask
 from rosaq.rotation import inverse_transpose, leading_axes, principal_axes
@@ -17,12 +18,17 @@ from rosaq.specs import QuantSpec
 
 
 def quantize_weight(
-    weight: Tensor, gram: Tensor | None, spec: QuantSpec, salient_index: Tensor | None = None
+    weight: Tensor,
+    gram: Tensor | None,
+    spec: QuantSpec,
+    salient_index: Tensor | None = None,
+    feedback: RowFeedback | None = None,
 ) -> dict[str, Tensor]:
     """weight [n, k] float, gram [k, k] second moments of the inputs (None only for "rtn"), salient_index int64 [r]
     -> qweight, scales, zeros (asymmetric), salient_weight and salient_index (r > 0), as stored.
 
-    Rows are independent given gram, so linears that share an input are stacked, quantised at once and cut again.
+    Rows are independent given gram, so linears that share an input are stacked, quantised at once and cut again. With
+    `feedback` ("gptq") they are rounded part after part, and later ones make up for the errors of earlier ones.
 
     Raises ValueError for NaN or Inf, for sizes that the format cannot hold, and for "gptq" without a gram: there is
     no silent round to nearest.
@@ -42,14 +48,7 @@ def quantize_weight(
     if spec.method == "gptq":
         if gram is None:
             raise ValueError("gram: got None, need second moments [k, k] of the inputs for method 'gptq'")
-        gram = gram.double()
-        codes, grid, salient_weight = gptq(w, gram, spec, group_size, salient)
-        if spec.refine:
-            damped = gram.clone()
-            torch.diagonal(damped).add_(damping_term(torch.diagonal(gram)[~salient].mean(), spec.damping))
-            codes, grid, salient_weight = refine(
-                w, damped, codes, grid, salient_weight, salient, spec.bits, spec.refine
-            )
+        codes, grid, salient_weight = _by_gptq(w, gram.double(), spec, group_size, salient, feedback)
     else:
         # a zero weight rounds to the zero point exactly, so silencing salient columns needs no other special case
         codes, grid = rtn(w.masked_fill(salient, 0.0), spec, group_size)
@@ -57,7 +56,34 @@ def quantize_weight(
     return _stored(codes, grid, spec, salient_weight, torch.nonzero(salient).flatten())
 
 
-def quantize_with_basis(weight: Tensor, gram: Tensor, spec: QuantSpec, count: int) -> dict[str, Tensor]:
+def _by_gptq(
+    w: Tensor, gram: Tensor, spec: QuantSpec, group_size: int, salient: Tensor, feedback: RowFeedback | None
+) -> tuple[Tensor, Grid, Tensor]:
+    """(codes [n, k], grid, salient weights [n, r]) of w [n, k] float32, all rows at once or part after part."""
+    columns = order_columns(gram, spec, group_size, salient)
+    damped = gram.clone()
+    torch.diagonal(damped).add_(damping_term(torch.diagonal(gram)[~salient].mean(), spec.damping))
+
+    def rounded(rows: Tensor) -> tuple[Tensor, Grid, Tensor]:
+        found = round_columns(rows, columns, spec, group_size)
+        return refine(rows, damped, *found, salient, spec.bits, spec.refine) if spec.refine else found
+
+    if feedback is None:
+        return rounded(w)
+    work, parts = w.clone(), feedback.parts()
+    found = []
+    for number, rows in enumerate(parts):
+        found.append(rounded(work[rows]))
+        feedback.carry(work, number, work[rows] - stored_weight(*found[-1], salient))
+    back = torch.cat(parts).argsort()
+    codes, grids, weights = zip(*found, strict=True)
+    grid = Grid(torch.cat([g.scale for g in grids])[back], torch.cat([g.zero for g in grids])[back])
+    return torch.cat(codes)[back], grid, torch.cat(weights)[back]
+
+
+def quantize_with_basis(
+    weight: Tensor, gram: Tensor, spec: QuantSpec, count: int, feedback: RowFeedback | None = None
+) -> dict[str, Tensor]:
     """As `quantize_weight`, with `count` salient directions that are no channels: salient_basis float16 [k, count], the
     top eigenvectors U of gram, and salient_weight [n, count], the least-squares C = (W - Ŵ) G U (Uᵀ G U)⁻¹.
 
@@ -67,7 +93,7 @@ def quantize_with_basis(weight: Tensor, gram: Tensor, spec: QuantSpec, count: in
     gram = gram.double()
     basis = leading_axes(gram, count).to(torch.float16)
     wide = basis.double()
-    tensors = quantize_weight(weight, _without(gram, wide), spec)
+    tensors = quantize_weight(weight, _without(gram, wide), spec, feedback=feedback)
     w_hat = dequantize(tensors["qweight"], tensors["scales"], tensors.get("zeros"), spec.bits)
     cross = gram @ wide
     correction = (weight - w_hat).double() @ cross @ torch.linalg.pinv(wide.T @ cross, hermitian=True)

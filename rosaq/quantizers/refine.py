@@ -44,6 +44,13 @@ def _widened(grid: Grid, k: int) -> Grid:
     return Grid(grid.scale.repeat_interleave(size, 1), grid.zero.repeat_interleave(size, 1))
 
 
+def stored_weight(codes: Tensor, grid: Grid, salient_weight: Tensor, salient: Tensor) -> Tensor:
+    """The [n, k] float32 weight that codes [n, k], their grid and salient weights [n, r] stand for, once stored."""
+    w_hat = from_codes(codes, _widened(grid, codes.shape[1]))
+    w_hat[:, salient] = salient_weight.to(torch.float16).float()
+    return w_hat
+
+
 def refit_scales(
     target: Tensor, gram: Tensor, codes: Tensor, grid: Grid, salient_weight: Tensor, salient: Tensor
 ) -> tuple[Grid, Tensor]:

@@ -1,0 +1,253 @@
+"""Rows that hear of each other's errors: the algebra, what it gains, from the gradient to the checkpoint."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rosaq.calibrate import BlockModel, output_gradients
+from rosaq.layout import dequantize
+from rosaq.pipeline import quantize
+from rosaq.pipeline import run as run_module
+from rosaq.pipeline.output_moments import OutputMoments
+from rosaq.pipeline.source import DenseModel
+from rosaq.quantizers import NotPositiveDefiniteError, RowFeedback, quantize_weight, quantize_with_basis
+from rosaq.recipes import make_recipe
+from rosaq.rotation import BlockRotations
+from rosaq.specs import CalibrationSpec, QuantSpec, Recipe, RowSpec
+from tests.families import save_family, tiny_family
+from tests.models import SMALL, TEXT, save_dense, tiny_llama
+from tests.tolerances import assert_tight
+
+ROOT = Path(__file__).parents[1]
+N, K = 48, 64
+SPEC = QuantSpec(group_size=32, refine=2)
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def moments(k, seed, decay=0.1):
+    """Second moments whose eigenvalues fall by a tenth from one to the next."""
+    axes = torch.linalg.qr(gaussian(k, k, seed=seed).double())[0]
+    return axes * torch.exp(-decay * torch.arange(k, dtype=torch.float64)) @ axes.T
+
+
+def damped(h):
+    return h + 0.2 * torch.diagonal(h).mean() * torch.eye(len(h), dtype=h.dtype)
+
+
+def weight_of(tensors):
+    w = dequantize(tensors["qweight"], tensors["scales"], tensors.get("zeros"), 3)
+    if "salient_index" in tensors:
+        w[:, tensors["salient_index"].long()] += tensors["salient_weight"].float()
+    elif "salient_basis" in tensors:
+        w += tensors["salient_weight"].float() @ tensors["salient_basis"].float().T
+    return w
+
+
+def loss(h, d, g):
+    return float(((h @ d.double() @ g) * d.double()).sum())
+
+
+# --- one weight ------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_in_one_part_and_those_with_much_gradient_come_first():
+    h = moments(N, 1)
+    parts = RowFeedback([h, None], [N, 5], 4).parts()
+    assert sorted(torch.cat(parts).tolist()) == list(range(N + 5))
+    own = torch.cat([part[part < N] for part in parts])
+    assert torch.diagonal(h)[own].tolist() == sorted(torch.diagonal(h).tolist(), reverse=True)
+    assert [len(part) for part in parts] == [13, 13, 13, 14]
+
+
+def test_later_rows_make_up_for_errors_as_well_as_rows_can():
+    """Against the minimum of the loss over all real values of the rows that are still to come."""
+    h, error = moments(N, 1), gaussian(12, K).double()
+    feedback = RowFeedback([h], [N], 4)
+    rows = feedback.parts()[0]
+    rest = torch.tensor(sorted({*range(N)} - {*rows.tolist()}))
+    work = torch.zeros(N, K, dtype=torch.float64)
+    feedback.carry(work, 0, error)
+    assert_tight(work[rest], torch.linalg.solve(damped(h)[rest][:, rest], damped(h)[rest][:, rows] @ error))
+    assert not work[rows].any()
+
+
+def test_parts_in_turn_leave_the_optimum_of_each_given_those_before():
+    """The second part too: its errors are carried on given that the first part's rows are fixed."""
+    h, feedback = moments(N, 1), RowFeedback([moments(N, 1)], [N], 3)
+    first, second, third = feedback.parts()
+    work, errors = torch.zeros(N, K).double(), [gaussian(16, K, seed=seed).double() for seed in (2, 3)]
+    feedback.carry(work, 0, errors[0])
+    shift = work[second].clone()
+    feedback.carry(work, 1, errors[1])
+    wrong = torch.cat([errors[0], errors[1] - shift])  # what was wanted at first less what the rows became
+    done = torch.cat([first, second])
+    want = torch.linalg.solve(damped(h)[third][:, third], damped(h)[third][:, done] @ wrong)
+    assert_tight(work[third], want)
+
+
+def test_rows_without_common_gradient_are_rounded_as_if_alone():
+    w, g = gaussian(N, K), moments(K, 0)
+    plain = quantize_weight(w, g, SPEC)
+    for given in ([torch.eye(N, dtype=torch.float64)], [None]):
+        fed = quantize_weight(w, g, SPEC, feedback=RowFeedback(given, [N], 4))
+        assert plain.keys() == fed.keys()
+        assert all(torch.equal(plain[name], fed[name]) for name in plain)
+
+
+@pytest.mark.parametrize("how", ["plain", "index", "basis"])
+def test_the_models_loss_falls_and_that_of_the_outputs_rises(how):
+    w, g, h = gaussian(N, K), moments(K, 0), moments(N, 1, decay=0.2)
+    found = {}
+    for feedback in (None, RowFeedback([h], [N], 8)):
+        if how == "basis":
+            tensors = quantize_with_basis(w, g, SPEC, 2, feedback)
+        else:
+            index = torch.tensor([3, 40]) if how == "index" else None
+            tensors = quantize_weight(w, g, SPEC, index, feedback)
+        found[feedback is not None] = weight_of(tensors) - w
+    assert loss(h, found[True], g) < 0.6 * loss(h, found[False], g)
+    assert loss(torch.eye(N).double(), found[True], g) > loss(torch.eye(N).double(), found[False], g)
+
+
+def test_more_parts_gain_more():
+    w, g, h = gaussian(N, K), moments(K, 0), moments(N, 1, decay=0.2)
+    losses = [
+        loss(h, weight_of(quantize_weight(w, g, SPEC, feedback=RowFeedback([h], [N], parts))) - w, g)
+        for parts in (1, 2, 6, N)
+    ]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_moments_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"moments: got shape \(48, 48\), need \(24, 24\)"):
+        RowFeedback([moments(N, 1)], [24], 4)
+    with pytest.raises(NotPositiveDefiniteError), pytest.warns(RuntimeWarning, match="damping doubled"):
+        RowFeedback([torch.diag(torch.tensor([1.0, -40.0] * 24).double()) + 20], [N], 4)
+    with pytest.raises(ValueError, match="parts: got 0"):
+        RowSpec(parts=0)
+    with pytest.raises(ValueError, match="rows: got 2 parts with moments 'quantised' and method 'gptq'"):
+        Recipe("own", QuantSpec(), rows=RowSpec(parts=2))
+
+
+# --- a model ---------------------------------------------------------------------------------------------------------
+
+ROWS = replace(make_recipe("rosaq-gptq", salient=2, group_size=32), rows=RowSpec(parts=4, sequences=5))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_dense(tmp_path_factory.mktemp("dense") / "model", tiny_llama())
+
+
+def test_the_gradient_at_a_blocks_output_is_that_of_the_predictions(tmp_path):
+    """Against autograd through the whole transformers model, for the same drawn labels."""
+    dense = tiny_llama(seed=2)
+    model = BlockModel(save_dense(tmp_path / "dense", dense))
+    dense = dense.float()
+    ids = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(0))
+    weights = [{n: t.detach() for n, t in layer.state_dict().items()} for layer in dense.model.layers]
+    gain, head = dense.model.norm.weight.detach(), dense.lm_head.weight.detach()
+    embedded = dense.model.embed_tokens(ids).detach()
+    found = dict(output_gradients(model, weights.__getitem__, gain, head, embedded, torch.Generator().manual_seed(7)))
+
+    outputs = {}
+    for i, layer in enumerate(dense.model.layers):
+        layer.register_forward_hook(lambda _m, _a, out, i=i: outputs.update({i: out}))
+    logits = dense(ids).logits
+    labels = torch.multinomial(logits.detach().softmax(-1).flatten(0, 1), 1, generator=torch.Generator().manual_seed(7))
+    score = logits.flatten(0, 1).log_softmax(-1).gather(1, labels).sum()
+    assert sorted(found) == sorted(outputs)
+    for i, gradient in zip(outputs, torch.autograd.grad(score, list(outputs.values())), strict=True):
+        assert (found[i] - gradient).norm() <= 1e-3 * gradient.norm(), i
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_output_moments_are_those_of_the_gradient_weighed_by_leverage(name, tmp_path):
+    source = save_family(tmp_path / "dense", tiny_family(name)) if name != "llama" else save_dense(tmp_path / "dense")
+    dense = DenseModel(source)
+    model, weights = dense.blocks, dense.block(0)
+    hidden, slope = gaussian(3, 16, 64), gaussian(3, 16, 64, seed=1)
+    grams = {site.name: moments(weights[f"{site.linears[0]}.weight"].shape[1], 3) for site in model.family.sites}
+    measured = OutputMoments(model, 0, BlockRotations(), grams, 0.01)
+    # batches of 2 and 1: the last one of the stream is longer than what the gradient is known of
+    got = measured.measure(weights, [hidden[:2], torch.cat([hidden[2:], hidden[:1]])], [slope[:2], slope[2:]])
+
+    out, outputs, inputs = model.forward_with_outputs(0, weights, hidden.clone().requires_grad_())
+    slopes = dict(zip(outputs, torch.autograd.grad(out, list(outputs.values()), slope), strict=True))
+    assert got.keys() == slopes.keys()
+    for site in model.family.sites:
+        if site.name not in inputs:
+            continue
+        gram, x = grams[site.name], inputs[site.name].x.double()
+        inverse = torch.linalg.inv(gram + 0.01 * gram.diagonal().median() * torch.eye(len(gram)))
+        leverage = ((x @ inverse) * x).sum(1)
+        for linear in site.linears:
+            g = slopes[linear].double().flatten(0, -2)
+            want = (g * leverage[:, None]).T @ g / leverage.sum()
+            assert (got[linear] - want).norm() <= 1e-3 * want.norm(), linear
+
+
+def codes(directory):
+    return {name: t for name, t in load_file(directory / "model.safetensors").items() if name.endswith("qweight")}
+
+
+def test_the_gradient_reaches_the_codes_of_every_linear(dense, tmp_path):
+    quantize(dense, tmp_path / "rows", recipe=ROWS, preset="fast", **SMALL)
+    quantize(dense, tmp_path / "plain", recipe=replace(ROWS, rows=RowSpec()), preset="fast", **SMALL)
+    ours, plain = codes(tmp_path / "rows"), codes(tmp_path / "plain")
+    assert ours.keys() == plain.keys()
+    assert not any(torch.equal(ours[name], plain[name]) for name in ours)
+    assert {path.name for path in tmp_path.iterdir()} == {"rows", "plain"}
+
+
+def test_a_killed_run_reads_the_gradient_back(dense, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def kill(event):
+        if (event.stage, event.block) == ("blocks", 0):
+            raise Killed
+
+    request = {"recipe": ROWS, "preset": "fast", **SMALL}
+    quantize(dense, tmp_path / "undisturbed", **request)
+    with pytest.raises(Killed):
+        quantize(dense, tmp_path / "out", progress=kill, **request)
+    monkeypatch.setattr(run_module, "output_gradients", None)
+    quantize(dense, tmp_path / "out", resume=True, **request)
+    for path in (tmp_path / "undisturbed").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_two_ranks_carry_what_one_process_carries(dense, tmp_path):
+    """Batches of 2, so that 5 sequences of gradient are 2 batches on one rank and a part of one on the other."""
+    worker = "import sys; from tests.test_row_feedback import on_ranks; on_ranks(*sys.argv[1:])"
+    script = tmp_path / "worker.py"
+    script.write_text(worker)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(dense), str(tmp_path / "two")], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    on_ranks(dense, tmp_path / "one")
+    ours, alone = codes(tmp_path / "two"), codes(tmp_path / "one")
+    assert all(torch.equal(ours[name], alone[name]) for name in alone)
+
+
+def on_ranks(dense, output):
+    """Quantise on whatever processes there are."""
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    spec = CalibrationSpec(num_sequences=8, sequence_length=48, batch_size=2)
+    quantize(dense, output, recipe=ROWS, preset="fast", group_size=32, calibration=TEXT, spec=spec)
+    if "RANK" in os.environ:
+        torch.distributed.destroy_process_group()
