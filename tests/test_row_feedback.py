@@ -188,12 +188,25 @@ def test_output_moments_are_those_of_the_gradient_weighed_by_leverage(name, tmp_
         if site.name not in inputs:
             continue
         gram, x = grams[site.name], inputs[site.name].x.double()
-        inverse = torch.linalg.inv(gram + 0.01 * gram.diagonal().median() * torch.eye(len(gram)))
+        bulk = gram.diagonal().sort().values[: len(gram) // 2].mean()
+        inverse = torch.linalg.inv(gram + 0.01 * bulk * torch.eye(len(gram)))
         leverage = ((x @ inverse) * x).sum(1)
         for linear in site.linears:
             g = slopes[linear].double().flatten(0, -2)
             want = (g * leverage[:, None]).T @ g / leverage.sum()
             assert (got[linear] - want).norm() <= 1e-3 * want.norm(), linear
+
+
+def test_moments_that_no_damping_inverts_are_refused_by_name(dense):
+    model = DenseModel(dense).blocks
+    sizes = model.linear_sizes()
+    grams = {site.name: torch.eye(sizes[site.linears[0]][0]).double() for site in model.family.sites}
+    grams["mlp_in"][0, 1] = grams["mlp_in"][1, 0] = 9
+    with (
+        pytest.raises(NotPositiveDefiniteError, match=r"model.layers.1.mlp.gate_proj: gram \[64, 64\] is not positive"),
+        pytest.warns(RuntimeWarning, match="damping doubled"),
+    ):
+        OutputMoments(model, 1, BlockRotations(), grams, 0.01)
 
 
 def codes(directory):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rosaq.calibrate import BlockModel, Gram, SiteInput, Tokens
 from rosaq.models import Site
-from rosaq.quantizers import damping_term
+from rosaq.quantizers import NotPositiveDefiniteError, inverse_factor
 from rosaq.rotation import BlockRotations, rotate_blocks
 
 Tensors = dict[str, Tensor]
@@ -22,13 +22,22 @@ class OutputMoments:
     SmolLM2-135M), while the codes hardly move its output, because G is full of it.
 
     grams: {site name: G [k, k] float64}, in the online basis. damping: as of the rounding of the columns.
+
+    Raises NotPositiveDefiniteError naming the linear where no damping makes a G invertible.
     """
 
     def __init__(
         self, model: BlockModel, index: int, rotations: BlockRotations, grams: Tensors, damping: float
     ) -> None:
         self._model, self._index, self._rotations = model, index, rotations
-        self._factors = {name: _factor(gram, damping) for name, gram in grams.items()}
+        self._factors: Tensors = {}
+        for site in model.family.sites:
+            try:
+                self._factors[site.name] = _inverse_factor(grams[site.name], damping)
+            except NotPositiveDefiniteError as error:
+                raise NotPositiveDefiniteError(
+                    f"{model.family.block_prefix(index)}{site.linears[0]}: {error}"
+                ) from error
 
     def measure(self, weights: Tensors, stream: list[Tensor], gradients: list[Tensor]) -> Tensors:
         """{linear: H}, of the block with `weights`; without the linears of an expert that no token was routed to.
@@ -62,14 +71,12 @@ class OutputMoments:
         x = given.x.float()
         if site.name in self._rotations.online:
             x = rotate_blocks(x, self._rotations.online[site.name])
-        factor = self._factors[site.name]
-        solved: Tensor = torch.linalg.solve_triangular(factor, x.T, upper=False)
-        return solved.square().mean(0)
+        return (x @ self._factors[site.name].T).square().mean(1)
 
 
-def _factor(gram: Tensor, damping: float) -> Tensor:
-    """Lower Cholesky factor [k, k] float32 of the damped second moments; their median says how large the bulk is."""
-    damped = gram.clone()
-    torch.diagonal(damped).add_(damping_term(torch.diagonal(gram).median(), damping))
-    factor: Tensor = torch.linalg.cholesky(damped)
-    return factor.float()
+def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """F [k, k] float32 with Fᵀ F the inverse of the damped second moments. The smaller half of the channels is the bulk
+    that damping is a share of: whichever are salient, they are not there."""
+    order = torch.diagonal(gram).argsort(stable=True)
+    factor = inverse_factor(gram[order][:, order], max(1, len(gram) // 2), damping)
+    return factor[:, order.argsort()].float()
