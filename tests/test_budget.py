@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rosaq
-from rosaq.calibrate import BLOCK, BlockModel, output_sensitivity
+from rosaq.calibrate import BLOCK, BlockModel, output_gradients, output_sensitivity
 from rosaq.checkpoint import read_config
 from rosaq.config import LinearFormat
 from rosaq.linear import RosaqLinear
@@ -117,9 +117,9 @@ def test_sensitivity_is_the_squared_gradient_of_the_predictions(tmp_path):
     weights = [{n: t.detach() for n, t in layer.state_dict().items()} for layer in dense.model.layers]
     gain, head = dense.model.norm.weight.detach(), dense.lm_head.weight.detach()
     embedded = dense.model.embed_tokens(ids).detach()
-    seed = torch.Generator().manual_seed(7)
-    found = output_sensitivity(model, weights.__getitem__, gain, head, embedded, seed)
-    got = {each.index: each.squares for each in found}
+    given = (model, weights.__getitem__, gain, head, embedded)
+    got = {each.index: each.squares for each in output_sensitivity(*given, torch.Generator().manual_seed(7))}
+    of_blocks = dict(output_gradients(*given, torch.Generator().manual_seed(7)))
 
     outputs = {}
     for i, layer in enumerate(dense.model.layers):
@@ -135,6 +135,8 @@ def test_sensitivity_is_the_squared_gradient_of_the_predictions(tmp_path):
     for key, gradient in zip(keys, torch.autograd.grad(score, [outputs[key] for key in keys]), strict=True):
         mine = got[key[0]][key[1]]
         assert (mine - gradient.square().sum(-1)).norm() <= 1e-3 * mine.norm(), key
+        if key[1] == BLOCK:
+            assert (of_blocks[key[0]] - gradient).norm() <= 1e-3 * gradient.norm(), key
 
 
 @pytest.fixture(scope="module")

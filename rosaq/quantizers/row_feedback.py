@@ -10,8 +10,6 @@ as many as it has rows.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -51,19 +49,18 @@ class RowFeedback:
 
     def parts(self) -> list[Tensor]:
         """The rows of each part, int64, in the order in which parts are rounded; together they are all rows."""
-        found = []
-        for part in range(self._num_parts):
-            own = zip(self._orders, self._cuts, self._starts, strict=True)
-            rows = torch.cat([order[cuts[part] : cuts[part + 1]] + start for order, cuts, start in own])
-            found.append(rows)
-        return found
+        stacked = [order + start for order, start in zip(self._orders, self._starts, strict=True)]
+        return [
+            torch.cat([rows[cuts[part] : cuts[part + 1]] for rows, cuts in zip(stacked, self._cuts, strict=True)])
+            for part in range(self._num_parts)
+        ]
 
     def carry(self, work: Tensor, part: int, error: Tensor) -> None:
         """Correct the rows of work [n, k] that are still to come, in place, for error [rows of the part, k]: what was
         wanted of the rows of part number `part` less what they became."""
         sizes = [cuts[part + 1] - cuts[part] for cuts in self._cuts]
         for i, own in enumerate(error.split(sizes)):
-            factor, (first, end) = self._factors[i], list(pairwise(self._cuts[i]))[part]
+            factor, first, end = self._factors[i], *self._cuts[i][part : part + 2]
             if factor is None or not len(own) or end == len(factor):
                 continue
             # the inverse of H is factorᵀ · factor, so -H_ll⁻¹ H_lp of GPTQ's derivation is factor_plᵀ · factor_pp⁻ᵀ
