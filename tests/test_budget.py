@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rosaq
-from rosaq.calibrate import BLOCK, BlockModel, output_gradients, output_sensitivity
+from rosaq.calibrate import BLOCK, BlockModel, drawn_labels, output_sensitivity
 from rosaq.checkpoint import read_config
 from rosaq.config import LinearFormat
 from rosaq.linear import RosaqLinear
@@ -118,8 +118,17 @@ def test_sensitivity_is_the_squared_gradient_of_the_predictions(tmp_path):
     gain, head = dense.model.norm.weight.detach(), dense.lm_head.weight.detach()
     embedded = dense.model.embed_tokens(ids).detach()
     given = (model, weights.__getitem__, gain, head, embedded)
-    got = {each.index: each.squares for each in output_sensitivity(*given, torch.Generator().manual_seed(7))}
-    of_blocks = dict(output_gradients(*given, torch.Generator().manual_seed(7)))
+    found = list(output_sensitivity(*given, torch.Generator().manual_seed(7)))
+    got, of_blocks = (
+        {each.index: value(each) for each in found} for value in (lambda f: f.squares, lambda f: f.gradient)
+    )
+    for measured in (0, 1):  # of two sequences: their gradients are the same, and those of the other one are there
+        fewer = output_sensitivity(*given, torch.Generator().manual_seed(7), measured)
+        for some, every in zip(fewer, found, strict=True):
+            assert (some.gradient - every.gradient).norm() <= 1e-5 * every.gradient.norm()
+            assert {len(square) for square in some.squares.values()} == {measured}
+            assert (some.squares[BLOCK] - every.squares[BLOCK][:measured]).norm() <= 1e-5 * every.squares[BLOCK].norm()
+            assert {len(given.x) for given in some.inputs.values()} == ({12} if measured else set())
 
     outputs = {}
     for i, layer in enumerate(dense.model.layers):
@@ -129,14 +138,26 @@ def test_sensitivity_is_the_squared_gradient_of_the_predictions(tmp_path):
             )
         layer.register_forward_hook(lambda _m, _a, out, key=(i, BLOCK): outputs.update({key: out}))
     logits = dense(ids).logits
-    labels = torch.multinomial(logits.detach().softmax(-1).flatten(0, 1), 1, generator=torch.Generator().manual_seed(7))
-    score = logits.flatten(0, 1).log_softmax(-1).gather(1, labels).sum()
+    labels = drawn_labels(logits.detach().softmax(-1).flatten(0, 1), torch.Generator().manual_seed(7))
+    score = logits.flatten(0, 1).log_softmax(-1).gather(1, labels[:, None]).sum()
     keys = list(outputs)
     for key, gradient in zip(keys, torch.autograd.grad(score, [outputs[key] for key in keys]), strict=True):
         mine = got[key[0]][key[1]]
         assert (mine - gradient.square().sum(-1)).norm() <= 1e-3 * mine.norm(), key
         if key[1] == BLOCK:
             assert (of_blocks[key[0]] - gradient).norm() <= 1e-3 * gradient.norm(), key
+
+
+@pytest.mark.parametrize("vocab", [3, 256, 700])
+def test_labels_are_drawn_as_often_as_they_are_probable(vocab):
+    probabilities = torch.rand(vocab, generator=torch.Generator().manual_seed(0)).pow(4)
+    probabilities[0] = probabilities[-1] = 0
+    probabilities /= probabilities.sum()
+    labels = drawn_labels(probabilities.expand(20_000, vocab), torch.Generator().manual_seed(1))
+    shares = torch.bincount(labels, minlength=vocab) / len(labels)
+    assert len(shares) == vocab
+    assert not shares[[0, -1]].any()
+    assert ((shares - probabilities).abs() <= 5 * (probabilities / len(labels)).sqrt() + 1e-4).all()
 
 
 @pytest.fixture(scope="module")

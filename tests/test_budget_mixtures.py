@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import rosaq
-from rosaq.calibrate import output_sensitivity
+from rosaq.calibrate import drawn_labels, output_sensitivity
 from rosaq.checkpoint import read_config
 from rosaq.config import CheckpointConfig, LinearFormat
 from rosaq.pipeline import quantize
 from rosaq.pipeline.rotations import Rotations
-from rosaq.pipeline.site_facts import measure_sites
+from rosaq.pipeline.site_facts import site_facts
 from rosaq.pipeline.source import DenseModel
 from rosaq.recipes import make_recipe
 from tests.families import save_family, tiny_family
@@ -54,8 +54,8 @@ def test_sensitivity_of_an_expert_is_that_of_the_tokens_routed_to_it(name, dense
             assert torch.equal(found[index].inputs[site.name].x, inputs[site.name].x)
             assert torch.equal(found[index].inputs[site.name].tokens, inputs[site.name].tokens)
     logits = blocks.final_norm(state, final[0]) @ final[1].T
-    labels = torch.multinomial(logits.detach().softmax(-1).flatten(0, 1), 1, generator=torch.Generator().manual_seed(7))
-    score = logits.flatten(0, 1).log_softmax(-1).gather(1, labels).sum()
+    labels = drawn_labels(logits.detach().softmax(-1).flatten(0, 1), torch.Generator().manual_seed(7))
+    score = logits.flatten(0, 1).log_softmax(-1).gather(1, labels[:, None]).sum()
     for index in range(2):
         assert set(got[index]) - {"block"} == set(family.linears)
         gradients = torch.autograd.grad(score, list(outputs[index].values()), retain_graph=True)
@@ -75,14 +75,14 @@ def test_sensitivity_of_an_expert_is_that_of_the_tokens_routed_to_it(name, dense
 def test_second_moments_are_added_up_over_the_experts(name, dense):
     model, hidden, final = measured(dense[name])
     recipe = make_recipe("rosaq-gptq", target_bits=4.0, preset="fast")
-    facts = measure_sites(model.blocks, recipe, Rotations(), model.block, final, hidden, seed=7)
     *_, first = output_sensitivity(model.blocks, model.block, *final, hidden, torch.Generator().manual_seed(7))
+    facts = site_facts(first, model.blocks, recipe, Rotations(), model.block(0))
     squares = first.squares
     sites = [site for site in model.blocks.family.sites if site.stage == "mlp_out"]
     inputs = model.blocks.inputs_of(0, model.block(0), hidden, sites).inputs
     assert len(sites) == 4
-    assert set(facts[0]) == {"attn_in", "attn_out", "mlp_in", "mlp_out"}
-    fact, total = facts[0]["mlp_out"], 0.0
+    assert set(facts) == {"attn_in", "attn_out", "mlp_in", "mlp_out"}
+    fact, total = facts["mlp_out"], 0.0
     gram = torch.zeros(inputs["mlp_out.0"].x.shape[1], inputs["mlp_out.0"].x.shape[1], dtype=torch.float64)
     for site in sites:
         x, cost = inputs[site.name].x.double(), squares[site.linears[0]].double()
@@ -133,10 +133,11 @@ def test_an_expert_that_no_token_reached_counts_in_the_bits_alone(tmp_path):
             weight[1], weight[3], weight[4] = -weight[0], -weight[2], 0
     source, hidden, final = measured(save_family(tmp_path / "dense", model))
     recipe = make_recipe("rosaq-gptq", target_bits=4.0, preset="fast")
-    facts = measure_sites(source.blocks, recipe, Rotations(), source.block, final, hidden, seed=7)
+    *_, first = output_sensitivity(source.blocks, source.block, *final, hidden, torch.Generator().manual_seed(7))
+    facts = site_facts(first, source.blocks, recipe, Rotations(), source.block(0))
     assert "mlp_in.4" not in source.blocks.inputs_of(0, source.block(0), hidden, source.blocks.family.sites).inputs
-    assert facts[0]["mlp_in"].num_weights == 5 * 2 * 64 * 128
-    assert facts[0]["mlp_in"].sensitivity > 0
+    assert facts["mlp_in"].num_weights == 5 * 2 * 64 * 128
+    assert facts["mlp_in"].sensitivity > 0
 
 
 def test_the_longest_suffix_says_the_format():

@@ -154,7 +154,7 @@ def test_output_moments_are_those_of_the_gradient_weighed_by_leverage(name, tmp_
     model, weights = dense.blocks, dense.block(0)
     hidden, slope = gaussian(3, 16, 64), gaussian(3, 16, 64, seed=1)
     grams = {site.name: moments(weights[f"{site.linears[0]}.weight"].shape[1], 3) for site in model.family.sites}
-    measured = OutputMoments(model, 0, BlockRotations(), grams, 0.01)
+    measured = OutputMoments(model, 0, BlockRotations(), grams, 0.01, model.family.sites)
     # batches of 2 and 1: the last one of the stream is longer than what the gradient is known of
     got = measured.measure(weights, [hidden[:2], torch.cat([hidden[2:], hidden[:1]])], [slope[:2], slope[2:]])
 
@@ -183,7 +183,7 @@ def test_moments_that_no_damping_inverts_are_refused_by_name(dense):
         pytest.raises(NotPositiveDefiniteError, match=r"model.layers.1.mlp.gate_proj: gram \[64, 64\] is not positive"),
         pytest.warns(RuntimeWarning, match="damping doubled"),
     ):
-        OutputMoments(model, 1, BlockRotations(), grams, 0.01)
+        OutputMoments(model, 1, BlockRotations(), grams, 0.01, model.family.sites)
 
 
 def codes(directory):
@@ -211,7 +211,7 @@ def test_a_killed_run_reads_the_gradient_back(dense, tmp_path, monkeypatch):
     quantize(dense, tmp_path / "undisturbed", **request)
     with pytest.raises(Killed):
         quantize(dense, tmp_path / "out", progress=kill, **request)
-    monkeypatch.setattr(run_module, "output_gradients", None)
+    monkeypatch.setattr(run_module, "output_sensitivity", None)
     quantize(dense, tmp_path / "out", resume=True, **request)
     for path in (tmp_path / "undisturbed").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name

@@ -12,22 +12,23 @@ from rosaq.calibrate.ranks import (
     sum_over_ranks,
     wait_for_all,
 )
-from rosaq.calibrate.sensitivity import BLOCK, output_gradients, output_sensitivity
+from rosaq.calibrate.sensitivity import BLOCK, Sensitivity, drawn_labels, output_sensitivity
 
 __all__ = [
     "BLOCK",
     "BlockModel",
     "BlockPass",
     "Gram",
+    "Sensitivity",
     "SiteInput",
     "Tokens",
     "average_gradients",
+    "drawn_labels",
     "importance_from_scores",
     "importance_summary",
     "is_first_rank",
     "mean_over_ranks",
     "num_ranks",
-    "output_gradients",
     "output_sensitivity",
     "own_share",
     "sum_over_ranks",

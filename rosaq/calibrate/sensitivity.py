@@ -2,7 +2,7 @@
 
 An error e at some output changes the model's distribution by a divergence of about (g · e)² / 2, where g is the
 gradient of log p(y) there and y a label drawn from the model itself (its Fisher information; GuidedQuant and YAQA use
-the same fact). What is kept is |g|² of every token at the outputs of every site, and at the output of every block.
+the same fact). What is kept is g at the output of every block, and |g|² of every token at the outputs of every site.
 """
 
 from __future__ import annotations
@@ -12,21 +12,26 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rosaq.calibrate.blocks import BlockModel, SiteInput
 
 Tensors = dict[str, Tensor]
 BLOCK = "block"  # name of the block's own output beside those of its linears
-_SEQUENCES_AT_ONCE = 2
+_SEQUENCES_AT_ONCE = 2  # with gradients
+_SEQUENCES_IN_A_RUN = 8  # without
 _TOKENS_AT_ONCE = 512  # whose logits exist at the same time: a row of them is as wide as the vocabulary
+_SPAN = 256  # of the vocabulary
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of block `index`: squares {linear or BLOCK: |g|² of every token at its output [batch, length]}, 0 at an expert
-    for tokens that were not routed to it; inputs {site name: its input}, without experts that no token reached."""
+    """Of block `index`: gradient [batch, length, d] at its output, of all sequences. Of those that were measured:
+    squares {linear or BLOCK: |g|² of every token at its output [batch, length]}, 0 at an expert for tokens that were
+    not routed to it; inputs {site name: its input}, without experts that no token reached."""
 
     index: int
+    gradient: Tensor
     squares: Tensors
     inputs: dict[str, SiteInput]
 
@@ -38,48 +43,32 @@ def output_sensitivity(
     head: Tensor,
     hidden: Tensor,
     generator: torch.Generator,
+    measured: int | None = None,
 ) -> Iterator[Sensitivity]:
     """The sensitivity of every block, from the last to the first.
 
     weights(i): the dense tensors of block i. gain [d], head [vocab, d]: of the final norm and the head. hidden
-    [batch, length, d]: after the embedding. One forward sweep over the blocks and one back; memory holds the hidden
-    states of every block for this batch, and one block.
+    [batch, length, d]: after the embedding. measured: sequences whose squares and inputs are wanted, the first ones;
+    None: all. One forward sweep over the blocks and one back; memory holds the hidden states of every block for this
+    batch, in bfloat16 where products are, and one block.
     """
+    measured = len(hidden) if measured is None else measured
     states = _states(model, weights, hidden)
     gradient = _of_predictions(model, gain, head, states.pop(), generator)
     for index in reversed(range(model.sizes.num_blocks)):
-        gradient, found = _through_block(model, index, weights(index), states.pop(), gradient)
+        before, found = _through_block(model, index, weights(index), states.pop(), gradient, measured)
         yield found
-
-
-def output_gradients(
-    model: BlockModel,
-    weights: Callable[[int], Tensors],
-    gain: Tensor,
-    head: Tensor,
-    hidden: Tensor,
-    generator: torch.Generator,
-) -> Iterator[tuple[int, Tensor]]:
-    """(block, gradient of the summed log p(y) at its output [batch, length, d]), from the last block to the first;
-    arguments, labels y and memory as of `output_sensitivity`."""
-    states = _states(model, weights, hidden)
-    gradient = _of_predictions(model, gain, head, states.pop(), generator)
-    for index in reversed(range(model.sizes.num_blocks)):
-        yield index, gradient
-        before, found = states.pop(), []
-        tensors = weights(index) if index else {}  # nothing asks for the gradient of the embedded text
-        parts = zip(before.split(_SEQUENCES_AT_ONCE), gradient.split(_SEQUENCES_AT_ONCE), strict=True)
-        for given, slope in parts if index else ():
-            leaf = given.clone().requires_grad_()
-            found.append(torch.autograd.grad(model.forward(index, tensors, leaf), leaf, slope)[0])
-        gradient = torch.cat(found) if found else gradient
+        gradient = before
 
 
 def _states(model: BlockModel, weights: Callable[[int], Tensors], hidden: Tensor) -> list[Tensor]:
     """Hidden states before every block, and behind the last one."""
-    states = [hidden]
+    held = torch.bfloat16 if model.is_bf16 else hidden.dtype
+    states = [hidden.to(held)]
     for index in range(model.sizes.num_blocks):
-        states.append(model.run(index, weights(index), states[-1]))
+        tensors = weights(index)
+        after = [model.run(index, tensors, part.float()) for part in states[-1].split(_SEQUENCES_IN_A_RUN)]
+        states.append(torch.cat([part.to(held) for part in after]))
     return states
 
 
@@ -89,34 +78,61 @@ def _of_predictions(
     """Gradient of the summed log p(y) with respect to the last block's output [batch, length, d]."""
     found = []
     for part in hidden.flatten(0, 1).split(_TOKENS_AT_ONCE):
-        leaf = part.clone().requires_grad_()
+        leaf = part.to(torch.float32, copy=True).requires_grad_()
         normed = model.final_norm(leaf, gain)
         with model.products():
             probabilities = (normed.detach() @ head.T).float().softmax(-1)
             expected = (probabilities @ head).float()
-        # drawn on the CPU: a seed means the same labels on every device
-        labels = torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(head.device)
+        labels = drawn_labels(probabilities, generator)
         found.append(torch.autograd.grad(normed, leaf, head[labels] - expected)[0])
     return torch.cat(found).view_as(hidden)
 
 
+def drawn_labels(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One label for every row of probabilities [tokens, vocab]: where their running sum passes a number drawn on the
+    CPU, so that a seed means the same labels on every device (but where a sum comes within rounding of its number).
+    Whole spans of the vocabulary are passed first: one running sum over all of it is slow, and on a GPU not the same
+    twice."""
+    vocab = probabilities.shape[1]
+    spans = pad(probabilities, (0, -vocab % _SPAN)).view(len(probabilities), -1, _SPAN)
+    sums = spans.sum(-1).double().cpu().cumsum(-1)
+    drawn = torch.rand(len(sums), 1, generator=generator, dtype=torch.float64) * sums[:, -1:]
+    span = torch.searchsorted(sums, drawn, right=True).clamp_max_(sums.shape[1] - 1)
+    chosen = span.to(spans.device)[..., None].expand(-1, -1, _SPAN)
+    inside = spans.gather(1, chosen)[:, 0].double().cpu().cumsum(-1)
+    past = drawn - sums.gather(1, span) + inside[:, -1:]
+    label = span * _SPAN + torch.searchsorted(inside, past, right=True).clamp_max_(_SPAN - 1)
+    return label[:, 0].clamp_max_(vocab - 1).to(spans.device)
+
+
 def _through_block(
-    model: BlockModel, index: int, weights: Tensors, hidden: Tensor, gradient: Tensor
+    model: BlockModel, index: int, weights: Tensors, hidden: Tensor, gradient: Tensor, measured: int
 ) -> tuple[Tensor, Sensitivity]:
     """(gradient at the block's input, its sensitivity) from the gradient at its output."""
-    parts = zip(hidden.split(_SEQUENCES_AT_ONCE), gradient.split(_SEQUENCES_AT_ONCE), strict=True)
-    found = [_through_block_at_once(model, index, weights, *part) for part in parts]
-    squares = {name: torch.cat([each[name] for _, each, _ in found]) for name in found[0][1]}
+    first = _pairs(hidden[:measured], gradient[:measured])
+    found = [_through_block_at_once(model, index, weights, *part) for part in first]
+    before = [part for part, _, _ in found]
+    if index:  # nothing asks for the gradient at the embedded text
+        for given, slope in _pairs(hidden[measured:], gradient[measured:]):
+            leaf = given.to(torch.float32, copy=True).requires_grad_()
+            before.append(torch.autograd.grad(model.forward(index, weights, leaf), leaf, slope)[0])
+    squares = {name: torch.cat([each[name] for _, each, _ in found]) for name in (found[0][1] if found else ())}
     inputs = _joined([each for _, _, each in found], _SEQUENCES_AT_ONCE * hidden.shape[1])
-    squares[BLOCK] = gradient.square().sum(-1)
-    return torch.cat([part for part, _, _ in found]), Sensitivity(index, squares, inputs)
+    squares[BLOCK] = gradient[:measured].square().sum(-1)
+    return torch.cat(before) if before else gradient, Sensitivity(index, gradient, squares, inputs)
+
+
+def _pairs(hidden: Tensor, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """A few sequences of both at once: what autograd keeps of them is many times their hidden states."""
+    parts = hidden.split(_SEQUENCES_AT_ONCE), gradient.split(_SEQUENCES_AT_ONCE)
+    return [pair for pair in zip(*parts, strict=True) if len(pair[0])]  # splitting nothing gives one empty part
 
 
 def _through_block_at_once(
     model: BlockModel, index: int, weights: Tensors, hidden: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensors, dict[str, SiteInput]]:
-    """(gradient, |g|², inputs) for a few sequences: what autograd keeps of them is many times their hidden states."""
-    leaf = hidden.clone().requires_grad_()
+    """(gradient, |g|², inputs) for a few sequences."""
+    leaf = hidden.to(torch.float32, copy=True).requires_grad_()
     out, outputs, inputs = model.forward_with_outputs(index, weights, leaf)
     names = list(outputs)
     found = torch.autograd.grad(out, [leaf, *(outputs[name] for name in names)], gradient)

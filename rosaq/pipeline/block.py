@@ -103,7 +103,9 @@ def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
         outputs = moments.measure(current, streams.moments, model.family.sites, to_the_end=True)
     of_outputs: Tensors = {}
     if task.gradient:
-        measured = OutputMoments(model, task.index, task.rotations, moments.grams, recipe.quant.damping)
+        rows = recipe.rows.sites
+        sites = [site for site in model.family.sites if not rows or site.stage in rows]
+        measured = OutputMoments(model, task.index, task.rotations, moments.grams, recipe.quant.damping, sites)
         of_outputs = measured.measure(current, streams.moments, task.gradient)
     for _, stage in groupby(model.family.sites, key=lambda site: site.stage):
         sites = list(stage)
@@ -183,7 +185,9 @@ def _quantize_site(site: Site, task: BlockTask, gram: Tensor | None, of_outputs:
     result. of_outputs: {linear: second moments [n, n] of the gradient at its output}, for feedback between rows."""
     own = [task.weights[f"{linear}.weight"] for linear in site.linears]
     known = [of_outputs.get(linear) for linear in site.linears]
-    feedback = RowFeedback(known, [len(w) for w in own], task.recipe.rows.parts) if of_outputs else None
+    feedback = (
+        RowFeedback(known, [len(w) for w in own], task.recipe.rows.parts) if any(h is not None for h in known) else None
+    )
     tensors = task.plan(site).quantize(torch.cat(own), gram, task.name + site.linears[0], feedback)
     cut = {name: tensor.split([len(w) for w in own]) for name, tensor in tensors.items() if name not in SHARED}
     return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -21,17 +23,24 @@ class OutputMoments:
     it. Without that an attention sink is most of the moments of v_proj (0.35 to 0.9 of them in
     SmolLM2-135M, 0.06 to 0.54 of k_proj's), while the codes hardly move its output, because G is full of it.
 
-    grams: {site name: G [k, k] float64}, in the online basis. damping: as of the rounding of the columns.
+    grams: {site name: G [k, k] float64}, in the online basis. damping: as of the rounding of the columns. sites: that
+    are measured.
 
     Raises NotPositiveDefiniteError naming the linear where no damping makes a G invertible.
     """
 
     def __init__(
-        self, model: BlockModel, index: int, rotations: BlockRotations, grams: Tensors, damping: float
+        self,
+        model: BlockModel,
+        index: int,
+        rotations: BlockRotations,
+        grams: Tensors,
+        damping: float,
+        sites: Iterable[Site],
     ) -> None:
-        self._model, self._index, self._rotations = model, index, rotations
+        self._model, self._index, self._rotations, self._sites = model, index, rotations, tuple(sites)
         self._factors: Tensors = {}
-        for site in model.family.sites:
+        for site in self._sites:
             try:
                 self._factors[site.name] = _inverse_factor(grams[site.name], damping)
             except NotPositiveDefiniteError as error:
@@ -50,7 +59,8 @@ class OutputMoments:
             both = (given[: len(slope)].split(_SEQUENCES_AT_ONCE), slope.float().split(_SEQUENCES_AT_ONCE))
             for hidden, gradient in zip(*both, strict=True):
                 self._add(weights, hidden, gradient, sums)
-        linears = self._model.linear_sizes()
+        sizes = self._model.linear_sizes()
+        linears = {name: sizes[name] for site in self._sites for name in site.linears}
         for name, (_, n) in linears.items():  # in one order on every rank, whatever its tokens were routed to
             sums.setdefault(name, Gram(n, self._model.device)).sum_over_ranks()
         return {name: sums.pop(name).mean() for name in linears if sums[name].has_tokens}
@@ -58,8 +68,9 @@ class OutputMoments:
     def _add(self, weights: Tensors, hidden: Tensor, gradient: Tensor, sums: dict[str, Gram]) -> None:
         leaf = hidden.clone().requires_grad_()
         out, outputs, inputs = self._model.forward_with_outputs(self._index, weights, leaf)
-        slopes = dict(zip(outputs, torch.autograd.grad(out, list(outputs.values()), gradient), strict=True))
-        for site in self._model.family.sites:
+        wanted = {name: outputs[name] for site in self._sites for name in site.linears if name in outputs}
+        slopes = dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), gradient), strict=True))
+        for site in self._sites:
             if site.name not in inputs:  # of an expert without tokens
                 continue
             leverage = self._leverage(site, inputs[site.name])

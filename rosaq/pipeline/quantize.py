@@ -161,9 +161,8 @@ def quantize(
     try:
         run = Run(dense, chosen, spec, input_ids, work, report)
         run.choose_rotations()
-        run.share_out_bits()
+        run.measure_predictions()
         run.mix_unkept_axes()
-        run.measure_gradients()
         run.quantize_blocks()
         run.tune_model()
         error = run.check_logits()

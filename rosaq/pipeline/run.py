@@ -4,23 +4,22 @@ output head."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import num_ranks, output_gradients, own_share
+from rosaq.calibrate import num_ranks, output_sensitivity, own_share
 from rosaq.pipeline.block import BlockTask, Streams, online, quantize_block, runnable
-from rosaq.pipeline.budget import Choices, SiteChoice, same_everywhere, share_out
+from rosaq.pipeline.budget import Choices, same_everywhere
 from rosaq.pipeline.head import final_gain, head_rows, quantize_head
 from rosaq.pipeline.memory import release_freed_memory
 from rosaq.pipeline.plan import Plan
 from rosaq.pipeline.probe import MAX_TOKENS, Probe, check_equal
 from rosaq.pipeline.rotations import Rotations, choose_rotations, mix_unkept
 from rosaq.pipeline.site import LinearReport
-from rosaq.pipeline.site_facts import measure_sites
 from rosaq.pipeline.source import DenseModel
+from rosaq.pipeline.sweep import Sweep
 from rosaq.pipeline.whole_model import finished_block, tune_whole_model
 from rosaq.pipeline.workspace import Workspace, block_name
 from rosaq.rotation import fold_norms, rotate_block, rotate_rows
@@ -51,6 +50,8 @@ class Run:
         self.blocks: list[dict[str, Any]] = []
         self.divergence: tuple[float, float] | None = None
         self._dense_outputs: list[Tensor] = []
+        self._sweep = Sweep(recipe, dense.passes, work)
+        self._mixing: Tensor | None = None  # [d, d], from the stream that the gradients were measured in to this one
         self._probe: Probe | None = None
 
     def choose_rotations(self) -> None:
@@ -76,31 +77,20 @@ class Run:
             lambda block: self._report("axes", block),
         )
 
-    def share_out_bits(self) -> None:
-        """Widths and numbers of directions per site, where the recipe has a budget; experts of a block share theirs."""
-        budget = self._recipe.budget
-        if budget.is_fixed:
-            return
-        sites = self._dense.blocks.family.sites
-        saved = self._work.load("choices")
-        if saved is None:
-            facts = measure_sites(
+    def measure_predictions(self) -> None:
+        """What the budget and feedback between rows have to know, where the recipe has either: one sweep through the
+        dense model and back."""
+        if self._sweep.is_due:
+            found = output_sensitivity(
                 self._dense.passes,
-                self._recipe,
-                self.rotations,
-                lambda index: self._rotated(index, self._dense.block(index)),
-                self._final(),
-                self._embed(self._ids[: budget.sequences], self.rotations.residual),
-                self._spec.seed,
+                self._running,
+                *self._final(),
+                self._embed(self._ids[: self._sweep.sequences], self.rotations.residual),
+                torch.Generator().manual_seed(self._spec.seed),
+                self._sweep.measured,
             )
-            shared = share_out(facts, budget, self._recipe.quant)
-            rows = [[asdict(block[site.stage]) for site in sites] for block in shared]
-            self._work.save("choices", {}, {"choices": rows})
-            saved = self._work.load("choices")  # by every rank, as the rotations
-            assert saved is not None
-        names = [site.name for site in sites]
-        blocks = saved[1]["choices"]
-        self.choices = [dict(zip(names, (SiteChoice(**c) for c in block), strict=True)) for block in blocks]
+            self._sweep.keep(found, self.rotations, lambda index: self._rotated(index, self._dense.block(index)))
+        self.choices = self._sweep.choices() or self.choices
 
     def mix_unkept_axes(self) -> None:
         """Principal axes that the budget left to no site (there are as many as a site could have had) join the mixed
@@ -113,29 +103,18 @@ class Run:
             self._work.save("mixed", mixed.to_tensors(), {})
             saved = self._work.load("mixed")  # by every rank, as the rotations
             assert saved is not None
-        self.rotations = Rotations.from_tensors(saved[0])
-
-    def measure_gradients(self) -> None:
-        """The gradient of the predictions at the output of every block, where rows hear of each other's errors."""
-        first = _gradient_name(0)  # the sweep back ends there
-        if not self._recipe.has_row_feedback or self._work.load(first) is not None:
-            return
-        model, ids = self._dense.passes, self._ids[: self._recipe.rows.sequences]
-        found = output_gradients(
-            model,
-            self._running,
-            *self._final(),
-            self._embed(ids, self.rotations.residual),
-            torch.Generator().manual_seed(self._spec.seed),
-        )
-        for index, gradient in found:
-            self._work.save(_gradient_name(index), {"gradient": gradient.to(torch.bfloat16)}, {})
-            release_freed_memory()
+        before, self.rotations = self.rotations.residual, Rotations.from_tensors(saved[0])
+        assert before is not None
+        assert self.rotations.residual is not None
+        self._mixing = (before.T @ self.rotations.residual).float()
 
     def _gradient(self, index: int) -> list[Tensor]:
-        """Of block `index`, this rank's batches."""
-        saved = self._work.load(_gradient_name(index)) if self._recipe.has_row_feedback else None
-        return [] if saved is None else own_share(list(saved[0]["gradient"].split(self._spec.batch_size)))
+        """At the output of block `index`, in the stream as it is rotated now, this rank's batches."""
+        gradient = self._sweep.gradient(index)
+        if gradient is None:
+            return []
+        turned = gradient if self._mixing is None else gradient.float() @ self._mixing
+        return own_share(list(turned.split(self._spec.batch_size)))
 
     def _running(self, index: int) -> Tensors:
         """The rotated weights of block `index` as plain modules run them."""
@@ -308,11 +287,6 @@ class Run:
         batches = own_share(list(self._ids.split(self._spec.batch_size))[:most])
         hidden = self._embed(torch.cat(batches), residual)
         return list(hidden.split([len(batch) for batch in batches]))
-
-
-def _gradient_name(index: int) -> str:
-    """Of the saved gradient at the output of block `index`."""
-    return f"gradient-{index:05d}"
 
 
 def _mean_db(reports: list[LinearReport], last: int) -> float:

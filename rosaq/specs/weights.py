@@ -113,10 +113,12 @@ class RowSpec:
     parts       that the rows of every linear are rounded in, each making up for the errors of those before; 1: rows
                 are independent, as in GPTQ.
     sequences   of the calibration text that the gradient is taken on.
+    sites       names of the sites whose rows hear of each other; empty for all.
     """
 
     parts: int = 1
-    sequences: int = 16
+    sequences: int = 32
+    sites: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("parts", "sequences"):
