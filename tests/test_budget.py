@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rosaq
-from rosaq.calibrate import BLOCK, BlockModel, drawn_labels, output_sensitivity
+from rosaq.calibrate import BlockModel, drawn_labels, site_gradients
 from rosaq.checkpoint import read_config
 from rosaq.config import LinearFormat
 from rosaq.linear import RosaqLinear
@@ -108,27 +108,21 @@ def test_the_predicted_loss_is_what_gptq_leaves():
     assert losses[4] / losses[3] == pytest.approx(49 / 225, rel=0.2)
 
 
-def test_sensitivity_is_the_squared_gradient_of_the_predictions(tmp_path):
+def test_gradients_at_the_sites_are_those_of_the_predictions(tmp_path):
     """Against autograd through the whole transformers model, for the same drawn labels."""
     dense = tiny_llama(seed=2)
     model = BlockModel(save_dense(tmp_path / "dense", dense))
     dense = dense.float()
-    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(0))
     weights = [{n: t.detach() for n, t in layer.state_dict().items()} for layer in dense.model.layers]
     gain, head = dense.model.norm.weight.detach(), dense.lm_head.weight.detach()
     embedded = dense.model.embed_tokens(ids).detach()
     given = (model, weights.__getitem__, gain, head, embedded)
-    found = list(output_sensitivity(*given, torch.Generator().manual_seed(7)))
-    got, of_blocks = (
-        {each.index: value(each) for each in found} for value in (lambda f: f.squares, lambda f: f.gradient)
-    )
-    for measured in (0, 1):  # of two sequences: their gradients are the same, and those of the other one are there
-        fewer = output_sensitivity(*given, torch.Generator().manual_seed(7), measured)
-        for some, every in zip(fewer, found, strict=True):
-            assert (some.gradient - every.gradient).norm() <= 1e-5 * every.gradient.norm()
-            assert {len(square) for square in some.squares.values()} == {measured}
-            assert (some.squares[BLOCK] - every.squares[BLOCK][:measured]).norm() <= 1e-5 * every.squares[BLOCK].norm()
-            assert {len(given.x) for given in some.inputs.values()} == ({12} if measured else set())
+    got = {}
+    for part in site_gradients(*given, torch.Generator().manual_seed(7)):
+        for name, slope in part.slopes.items():
+            got.setdefault((part.index, name), []).append(slope)
+            assert part.x.shape == (len(slope), model.linear_sizes()[name][0])
 
     outputs = {}
     for i, layer in enumerate(dense.model.layers):
@@ -136,16 +130,14 @@ def test_sensitivity_is_the_squared_gradient_of_the_predictions(tmp_path):
             layer.get_submodule(name).register_forward_hook(
                 lambda _m, _a, out, key=(i, name): outputs.update({key: out})
             )
-        layer.register_forward_hook(lambda _m, _a, out, key=(i, BLOCK): outputs.update({key: out}))
     logits = dense(ids).logits
     labels = drawn_labels(logits.detach().softmax(-1).flatten(0, 1), torch.Generator().manual_seed(7))
     score = logits.flatten(0, 1).log_softmax(-1).gather(1, labels[:, None]).sum()
     keys = list(outputs)
     for key, gradient in zip(keys, torch.autograd.grad(score, [outputs[key] for key in keys]), strict=True):
-        mine = got[key[0]][key[1]]
-        assert (mine - gradient.square().sum(-1)).norm() <= 1e-3 * mine.norm(), key
-        if key[1] == BLOCK:
-            assert (of_blocks[key[0]] - gradient).norm() <= 1e-3 * gradient.norm(), key
+        mine = torch.cat(got.pop(key)).view_as(gradient)
+        assert (mine - gradient).norm() <= 1e-3 * gradient.norm(), key
+    assert not got
 
 
 @pytest.mark.parametrize("vocab", [3, 256, 700])

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import rosaq
-from rosaq.calibrate import drawn_labels, output_sensitivity
+from rosaq.calibrate import drawn_labels, site_gradients
 from rosaq.checkpoint import read_config
 from rosaq.config import CheckpointConfig, LinearFormat
 from rosaq.pipeline import quantize
 from rosaq.pipeline.rotations import Rotations
-from rosaq.pipeline.site_facts import site_facts
+from rosaq.pipeline.site_facts import SiteMeter
 from rosaq.pipeline.source import DenseModel
 from rosaq.recipes import make_recipe
 from tests.families import save_family, tiny_family
@@ -38,12 +38,13 @@ def measured(directory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sensitivity_of_an_expert_is_that_of_the_tokens_routed_to_it(name, dense):
+def test_gradients_of_an_expert_are_those_of_the_tokens_routed_to_it(name, dense):
     """Against autograd through all blocks at once, for the same drawn labels."""
     model, hidden, final = measured(dense[name])
     blocks, family = model.blocks, model.blocks.family
-    found = list(output_sensitivity(blocks, model.block, *final, hidden, torch.Generator().manual_seed(7)))[::-1]
-    got = [each.squares for each in found]
+    got = [{}, {}]
+    for part in site_gradients(blocks, model.block, *final, hidden, torch.Generator().manual_seed(7)):
+        got[part.index][part.site.name] = part
     state, outputs, tokens = hidden.clone().requires_grad_(), [], []
     for index in range(2):
         state, out, inputs = blocks.forward_with_outputs(index, model.block(index), state)
@@ -51,33 +52,37 @@ def test_sensitivity_of_an_expert_is_that_of_the_tokens_routed_to_it(name, dense
         routed = [site for site in family.sites if site.expert is not None and site.name in inputs]
         tokens.append({linear: inputs[site.name].tokens for site in routed for linear in site.linears})
         for site in routed:
-            assert torch.equal(found[index].inputs[site.name].x, inputs[site.name].x)
-            assert torch.equal(found[index].inputs[site.name].tokens, inputs[site.name].tokens)
+            assert torch.equal(got[index][site.name].x, inputs[site.name].x)
     logits = blocks.final_norm(state, final[0]) @ final[1].T
     labels = drawn_labels(logits.detach().softmax(-1).flatten(0, 1), torch.Generator().manual_seed(7))
     score = logits.flatten(0, 1).log_softmax(-1).gather(1, labels[:, None]).sum()
     for index in range(2):
-        assert set(got[index]) - {"block"} == set(family.linears)
+        mine = {linear: slope for part in got[index].values() for linear, slope in part.slopes.items()}
+        assert set(mine) == set(outputs[index]) <= set(family.linears)
         gradients = torch.autograd.grad(score, list(outputs[index].values()), retain_graph=True)
         for linear, gradient in zip(outputs[index], gradients, strict=True):
-            mine = got[index][linear].flatten()
-            squares = gradient.square().sum(-1).flatten()
             if linear in tokens[index]:
-                assert len(tokens[index][linear]) == len(squares) < IDS.numel()
-                squares = torch.zeros(IDS.numel()).index_copy(0, tokens[index][linear], squares)
-            assert_same_function(mine[:, None], squares[:, None])
+                assert len(mine[linear]) == len(tokens[index][linear]) < IDS.numel()
+            assert_same_function(mine[linear], gradient.flatten(0, -2))
     # every token goes to two experts
-    chosen = sum((got[0][linear] > 0).int() for linear in family.linears if linear.endswith(("w2", "down_proj")))
-    assert (chosen == 2).all()
+    assert sum(len(part.x) for part in got[0].values() if part.site.stage == "mlp_out") == 2 * IDS.numel()
+
+
+def facts_of_first_block(model, hidden, final, recipe):
+    """(its facts, {site: its gradients})."""
+    meter, parts = SiteMeter(model.blocks, recipe, Rotations(), 0), {}
+    for part in site_gradients(model.blocks, model.block, *final, hidden, torch.Generator().manual_seed(7)):
+        if part.index == 0:
+            meter.add(part)
+            parts[part.site.name] = part
+    return meter.facts(model.block(0), IDS.numel()), parts
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_second_moments_are_added_up_over_the_experts(name, dense):
     model, hidden, final = measured(dense[name])
     recipe = make_recipe("rosaq-gptq", target_bits=4.0, preset="fast")
-    *_, first = output_sensitivity(model.blocks, model.block, *final, hidden, torch.Generator().manual_seed(7))
-    facts = site_facts(first, model.blocks, recipe, Rotations(), model.block(0))
-    squares = first.squares
+    facts, parts = facts_of_first_block(model, hidden, final, recipe)
     sites = [site for site in model.blocks.family.sites if site.stage == "mlp_out"]
     inputs = model.blocks.inputs_of(0, model.block(0), hidden, sites).inputs
     assert len(sites) == 4
@@ -85,9 +90,8 @@ def test_second_moments_are_added_up_over_the_experts(name, dense):
     fact, total = facts["mlp_out"], 0.0
     gram = torch.zeros(inputs["mlp_out.0"].x.shape[1], inputs["mlp_out.0"].x.shape[1], dtype=torch.float64)
     for site in sites:
-        x, cost = inputs[site.name].x.double(), squares[site.linears[0]].double()
-        own = cost.flatten()[inputs[site.name].tokens]
-        gram += x.T * own @ x
+        x, cost = inputs[site.name].x.double(), parts[site.name].slopes[site.linears[0]].double().square().sum(1)
+        gram += x.T * cost @ x
         total += float(cost.sum())
     assert fact.sensitivity == pytest.approx(total / IDS.numel())
     assert fact.energy == pytest.approx(float(torch.diagonal(gram).sum()) / total, rel=1e-5)
@@ -133,8 +137,7 @@ def test_an_expert_that_no_token_reached_counts_in_the_bits_alone(tmp_path):
             weight[1], weight[3], weight[4] = -weight[0], -weight[2], 0
     source, hidden, final = measured(save_family(tmp_path / "dense", model))
     recipe = make_recipe("rosaq-gptq", target_bits=4.0, preset="fast")
-    *_, first = output_sensitivity(source.blocks, source.block, *final, hidden, torch.Generator().manual_seed(7))
-    facts = site_facts(first, source.blocks, recipe, Rotations(), source.block(0))
+    facts, _ = facts_of_first_block(source, hidden, final, recipe)
     assert "mlp_in.4" not in source.blocks.inputs_of(0, source.block(0), hidden, source.blocks.family.sites).inputs
     assert facts["mlp_in"].num_weights == 5 * 2 * 64 * 128
     assert facts["mlp_in"].sensitivity > 0

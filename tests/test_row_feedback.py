@@ -10,16 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rosaq.calibrate import Gram, SiteGradients
 from rosaq.layout import dequantize
+from rosaq.models.tables import LLAMA
 from rosaq.pipeline import quantize
 from rosaq.pipeline import run as run_module
 from rosaq.pipeline.output_moments import OutputMoments
-from rosaq.pipeline.source import DenseModel
 from rosaq.quantizers import NotPositiveDefiniteError, RowFeedback, quantize_weight, quantize_with_basis
 from rosaq.recipes import make_recipe
-from rosaq.rotation import BlockRotations
 from rosaq.specs import CalibrationSpec, QuantSpec, Recipe, RowSpec
-from tests.families import save_family, tiny_family
 from tests.models import SMALL, TEXT, save_dense, tiny_llama
 from tests.tolerances import assert_tight
 
@@ -147,43 +146,45 @@ def dense(tmp_path_factory):
     return save_dense(tmp_path_factory.mktemp("dense") / "model", tiny_llama())
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_output_moments_are_those_of_the_gradient_weighed_by_leverage(name, tmp_path):
-    source = save_family(tmp_path / "dense", tiny_family(name)) if name != "llama" else save_dense(tmp_path / "dense")
-    dense = DenseModel(source)
-    model, weights = dense.blocks, dense.block(0)
-    hidden, slope = gaussian(3, 16, 64), gaussian(3, 16, 64, seed=1)
-    grams = {site.name: moments(weights[f"{site.linears[0]}.weight"].shape[1], 3) for site in model.family.sites}
-    measured = OutputMoments(model, 0, BlockRotations(), grams, 0.01, model.family.sites)
-    # batches of 2 and 1: the last one of the stream is longer than what the gradient is known of
-    got = measured.measure(weights, [hidden[:2], torch.cat([hidden[2:], hidden[:1]])], [slope[:2], slope[2:]])
-
-    out, outputs, inputs = model.forward_with_outputs(0, weights, hidden.clone().requires_grad_())
-    slopes = dict(zip(outputs, torch.autograd.grad(out, list(outputs.values()), slope), strict=True))
-    assert got.keys() == slopes.keys()
-    for site in model.family.sites:
-        if site.name not in inputs:
-            continue
-        gram, x = grams[site.name], inputs[site.name].x.double()
-        bulk = gram.diagonal().sort().values[: len(gram) // 2].mean()
-        inverse = torch.linalg.inv(gram + 0.01 * bulk * torch.eye(len(gram)))
-        leverage = ((x @ inverse) * x).sum(1)
-        for linear in site.linears:
-            g = slopes[linear].double().flatten(0, -2)
-            want = (g * leverage[:, None]).T @ g / leverage.sum()
-            assert (got[linear] - want).norm() <= 1e-3 * want.norm(), linear
+def gradients_of(tokens, site=LLAMA.sites[0], k=K):
+    """Made-up gradients at a site whose linears have 16, 24 and 32 rows, with a token that is an attention sink."""
+    x = gaussian(tokens, k) * torch.linspace(0.3, 3, k)
+    x[0] *= 40
+    slopes = {name: gaussian(tokens, 16 + 8 * i, seed=i + 1) for i, name in enumerate(site.linears)}
+    return SiteGradients(0, site, x, slopes)
 
 
-def test_moments_that_no_damping_inverts_are_refused_by_name(dense):
-    model = DenseModel(dense).blocks
-    sizes = model.linear_sizes()
-    grams = {site.name: torch.eye(sizes[site.linears[0]][0]).double() for site in model.family.sites}
-    grams["mlp_in"][0, 1] = grams["mlp_in"][1, 0] = 9
+def test_output_moments_are_those_of_the_gradient_weighed_by_leverage():
+    found = gradients_of(300)
+    measured = OutputMoments("block.", 0.01, torch.float32)
+    for tokens in (slice(200), slice(200, None)):
+        slopes = {name: slope[tokens] for name, slope in found.slopes.items()}
+        measured.add(replace(found, x=found.x[tokens], slopes=slopes))
+    x = found.x.double()
+    gram = x.T @ x / len(x)
+    bulk = gram.diagonal().sort().values[: K // 2].mean()
+    inverse = torch.linalg.inv(gram + 0.01 * bulk * torch.eye(K))
+    leverage = ((x @ inverse) * x).sum(1)
+    got = measured.moments()
+    assert list(got) == list(found.slopes)
+    for name, slope in found.slopes.items():
+        g = slope.double()
+        want = (g * leverage[:, None]).T @ g / leverage.sum()
+        assert (got[name] - want).norm() <= 1e-4 * want.norm(), name
+    assert not measured.moments()  # nothing is kept
+
+
+def test_moments_that_no_damping_inverts_are_refused_by_name(monkeypatch):
+    measured = OutputMoments("model.layers.1.", 0.01, torch.float32)
+    measured.add(gradients_of(300))
+    monkeypatch.setattr(Gram, "mean", lambda _: torch.tensor([[1.0, 9.0], [9.0, 1.0]]).double())
     with (
-        pytest.raises(NotPositiveDefiniteError, match=r"model.layers.1.mlp.gate_proj: gram \[64, 64\] is not positive"),
+        pytest.raises(
+            NotPositiveDefiniteError, match=r"model.layers.1.self_attn.q_proj: gram \[2, 2\] is not positive"
+        ),
         pytest.warns(RuntimeWarning, match="damping doubled"),
     ):
-        OutputMoments(model, 1, BlockRotations(), grams, 0.01, model.family.sites)
+        measured.moments()
 
 
 def codes(directory):
@@ -211,7 +212,7 @@ def test_a_killed_run_reads_the_gradient_back(dense, tmp_path, monkeypatch):
     quantize(dense, tmp_path / "undisturbed", **request)
     with pytest.raises(Killed):
         quantize(dense, tmp_path / "out", progress=kill, **request)
-    monkeypatch.setattr(run_module, "output_sensitivity", None)
+    monkeypatch.setattr(run_module, "site_gradients", None)
     quantize(dense, tmp_path / "out", resume=True, **request)
     for path in (tmp_path / "undisturbed").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name

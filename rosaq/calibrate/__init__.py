@@ -12,14 +12,13 @@ from rosaq.calibrate.ranks import (
     sum_over_ranks,
     wait_for_all,
 )
-from rosaq.calibrate.sensitivity import BLOCK, Sensitivity, drawn_labels, output_sensitivity
+from rosaq.calibrate.sensitivity import SiteGradients, drawn_labels, site_gradients
 
 __all__ = [
-    "BLOCK",
     "BlockModel",
     "BlockPass",
     "Gram",
-    "Sensitivity",
+    "SiteGradients",
     "SiteInput",
     "Tokens",
     "average_gradients",
@@ -29,8 +28,8 @@ __all__ = [
     "is_first_rank",
     "mean_over_ranks",
     "num_ranks",
-    "output_sensitivity",
     "own_share",
+    "site_gradients",
     "sum_over_ranks",
     "wait_for_all",
     "token_importance",

@@ -16,7 +16,6 @@ from rosaq.layout import dense_weight
 from rosaq.models import Family, Site
 from rosaq.pipeline.budget import SiteChoice
 from rosaq.pipeline.moments import SiteMoments
-from rosaq.pipeline.output_moments import OutputMoments
 from rosaq.pipeline.site import SHARED, LinearReport, SitePlan
 from rosaq.quantizers import RowFeedback
 from rosaq.rotation import BlockRotations, rotate_blocks
@@ -40,8 +39,8 @@ def formats(
 @dataclass(frozen=True)
 class BlockTask:
     """One block to quantise. weights: folded and rotated, float32, not changed. dtype: of what stays in 16 bits.
-    gradient: of the predictions at the block's output, this rank's first batches [batch, length, d], where the recipe
-    has feedback between rows."""
+    of_outputs: {linear: second moments [n, n] of the gradient of the predictions at its output}, for feedback between
+    rows; of the linears that have it."""
 
     model: BlockModel
     index: int
@@ -51,7 +50,7 @@ class BlockTask:
     choices: dict[str, SiteChoice]
     seed: int
     dtype: torch.dtype
-    gradient: list[Tensor] = field(default_factory=list)
+    of_outputs: Tensors = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -101,18 +100,12 @@ def quantize_block(task: BlockTask, streams: Streams) -> BlockResult:
     outputs, made, loss = list[Tensor](), dict[str, Tensors](), None
     if recipe.moments == "dense":
         outputs = moments.measure(current, streams.moments, model.family.sites, to_the_end=True)
-    of_outputs: Tensors = {}
-    if task.gradient:
-        rows = recipe.rows.sites
-        sites = [site for site in model.family.sites if not rows or site.stage in rows]
-        measured = OutputMoments(model, task.index, task.rotations, moments.grams, recipe.quant.damping, sites)
-        of_outputs = measured.measure(current, streams.moments, task.gradient)
     for _, stage in groupby(model.family.sites, key=lambda site: site.stage):
         sites = list(stage)
         if streams.moments and sites[0].name not in moments.grams:
             moments.measure(current, streams.moments, sites)
         for site in sites:
-            made |= _quantize_site(site, task, moments.grams.get(site.name), of_outputs)
+            made |= _quantize_site(site, task, moments.grams.get(site.name))
         for linear in (linear for site in sites for linear in site.linears):
             current[f"{linear}.weight"] = dense_weight(made[linear], fmts[linear])
     gains: Tensors = {}
@@ -180,11 +173,11 @@ def online(weights: Tensors, family: Family, rotations: BlockRotations) -> Tenso
     return result
 
 
-def _quantize_site(site: Site, task: BlockTask, gram: Tensor | None, of_outputs: Tensors) -> dict[str, Tensors]:
+def _quantize_site(site: Site, task: BlockTask, gram: Tensor | None) -> dict[str, Tensors]:
     """Quantise the linears of a site as one stacked matrix (rows of one linear do not hear of another's), and cut the
-    result. of_outputs: {linear: second moments [n, n] of the gradient at its output}, for feedback between rows."""
+    result."""
     own = [task.weights[f"{linear}.weight"] for linear in site.linears]
-    known = [of_outputs.get(linear) for linear in site.linears]
+    known = [task.of_outputs.get(linear) for linear in site.linears]
     feedback = (
         RowFeedback(known, [len(w) for w in own], task.recipe.rows.parts) if any(h is not None for h in known) else None
     )

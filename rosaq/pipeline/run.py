@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import num_ranks, output_sensitivity, own_share
+from rosaq.calibrate import num_ranks, own_share, site_gradients
 from rosaq.pipeline.block import BlockTask, Streams, online, quantize_block, runnable
 from rosaq.pipeline.budget import Choices, same_everywhere
 from rosaq.pipeline.head import final_gain, head_rows, quantize_head
@@ -51,7 +51,7 @@ class Run:
         self.divergence: tuple[float, float] | None = None
         self._dense_outputs: list[Tensor] = []
         self._sweep = Sweep(recipe, dense.passes, work)
-        self._mixing: Tensor | None = None  # [d, d], from the stream that the gradients were measured in to this one
+        self._mixing: Tensor | None = None  # [d, d] float64, from the stream of the sweep to this one
         self._probe: Probe | None = None
 
     def choose_rotations(self) -> None:
@@ -81,15 +81,16 @@ class Run:
         """What the budget and feedback between rows have to know, where the recipe has either: one sweep through the
         dense model and back."""
         if self._sweep.is_due:
-            found = output_sensitivity(
+            ids = self._ids[: self._sweep.sequences]
+            found = site_gradients(
                 self._dense.passes,
                 self._running,
                 *self._final(),
-                self._embed(self._ids[: self._sweep.sequences], self.rotations.residual),
+                self._embed(ids, self.rotations.residual),
                 torch.Generator().manual_seed(self._spec.seed),
-                self._sweep.measured,
             )
-            self._sweep.keep(found, self.rotations, lambda index: self._rotated(index, self._dense.block(index)))
+            rotated = lambda index: self._rotated(index, self._dense.block(index))  # noqa: E731
+            self._sweep.keep(found, self.rotations, rotated, ids.numel())
         self.choices = self._sweep.choices() or self.choices
 
     def mix_unkept_axes(self) -> None:
@@ -106,15 +107,7 @@ class Run:
         before, self.rotations = self.rotations.residual, Rotations.from_tensors(saved[0])
         assert before is not None
         assert self.rotations.residual is not None
-        self._mixing = (before.T @ self.rotations.residual).float()
-
-    def _gradient(self, index: int) -> list[Tensor]:
-        """At the output of block `index`, in the stream as it is rotated now, this rank's batches."""
-        gradient = self._sweep.gradient(index)
-        if gradient is None:
-            return []
-        turned = gradient if self._mixing is None else gradient.float() @ self._mixing
-        return own_share(list(turned.split(self._spec.batch_size)))
+        self._mixing = before.T @ self.rotations.residual
 
     def _running(self, index: int) -> Tensors:
         """The rotated weights of block `index` as plain modules run them."""
@@ -229,7 +222,7 @@ class Run:
             self.choices[index],
             self._spec.seed,
             dtype,
-            self._gradient(index),
+            self._sweep.output_moments(index, self._mixing),
         )
         result = quantize_block(task, streams)
         stored = result.stored

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from itertools import groupby
 
-import torch
 from torch import Tensor
 
-from rosaq.calibrate import BLOCK, BlockModel, Gram, Sensitivity, Tokens
+from rosaq.calibrate import BlockModel, Gram, SiteGradients, Tokens
 from rosaq.models import Site
 from rosaq.pipeline.block import formats
 from rosaq.pipeline.budget import SiteChoice, SiteFacts, spectrum_of, squared_steps
@@ -22,33 +21,39 @@ Tensors = dict[str, Tensor]
 LEFT_BY_ROWS = 0.65
 
 
-def site_facts(
-    found: Sensitivity, model: BlockModel, recipe: Recipe, rotations: Rotations, weights: Tensors
-) -> dict[str, SiteFacts]:
-    """{stage: its facts} of one block, with weights folded and rotated.
+class SiteMeter:
+    """The facts of all sites of block `index`, from gradients of tokens that come in parts.
 
     The second moments of experts are added up over all of them: each expert keeps directions of its own, but a few
     sequences are too few to tell one expert's spectrum. So what is predicted is an upper bound: their own directions
     hold at least what common ones hold.
     """
-    facts = {}
-    for stage, group in groupby(model.family.sites, key=lambda site: site.stage):
-        sites, total = list(group), 0.0
-        first = weights[f"{sites[0].linears[0]}.weight"]
-        gram = Gram(first.shape[1], first.device)
-        for site in sites:
-            # errors of variance 1 in all outputs cost |g|²
-            cost = torch.stack([found.squares[name] for name in site.linears]).sum(0).flatten()
-            total += float(cost.double().sum())
-            if site.name in found.inputs:  # else no token was routed to this expert
-                given, turned = found.inputs[site.name], rotations.online.get(site.name)
-                x = given.x if turned is None else rotate_blocks(given.x.float(), turned)
-                gram.add_tokens(Tokens(x, given.of_tokens(cost)))
-        sensitivity = total / found.squares[BLOCK].numel()
-        if recipe.has_row_feedback and model.family.value in sites[0].linears:
-            sensitivity *= LEFT_BY_ROWS
-        facts[stage] = _facts(sites, model, recipe, rotations, found.index, weights, gram.mean(), sensitivity)
-    return facts
+
+    def __init__(self, model: BlockModel, recipe: Recipe, rotations: Rotations, index: int) -> None:
+        self._model, self._recipe, self._rotations, self._index = model, recipe, rotations, index
+        self._grams: dict[str, Gram] = {}
+        self._costs: dict[str, float] = {}
+
+    def add(self, found: SiteGradients) -> None:
+        """More tokens of one of the sites."""
+        stage, turned = found.site.stage, self._rotations.online.get(found.site.name)
+        cost = found.squares()  # of errors of variance 1 in all outputs
+        x = found.x if turned is None else rotate_blocks(found.x.float(), turned)
+        self._costs[stage] = self._costs.get(stage, 0.0) + float(cost.double().sum())
+        self._grams.setdefault(stage, Gram(x.shape[1], x.device)).add_tokens(Tokens(x, cost))
+
+    def facts(self, weights: Tensors, num_tokens: int) -> dict[str, SiteFacts]:
+        """{stage: its facts} of the block with `weights`, folded and rotated; num_tokens: that went through it."""
+        result = {}
+        for stage, group in groupby(self._model.family.sites, key=lambda site: site.stage):
+            sites, sensitivity = list(group), self._costs[stage] / num_tokens
+            if self._recipe.has_row_feedback and self._model.family.value in sites[0].linears:
+                sensitivity *= LEFT_BY_ROWS
+            gram = self._grams[stage].mean()
+            result[stage] = _facts(
+                sites, self._model, self._recipe, self._rotations, self._index, weights, gram, sensitivity
+            )
+        return result
 
 
 def _facts(

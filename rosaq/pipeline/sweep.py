@@ -1,19 +1,21 @@
 """One sweep of a few sequences through the dense, rotated model and back, and what a run keeps of it: widths and
-numbers of directions for the budget, gradients for feedback between rows."""
+numbers of directions for the budget, second moments of the gradients for feedback between rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import BlockModel, Sensitivity
+from rosaq.calibrate import BlockModel, SiteGradients
 from rosaq.pipeline.budget import Choices, SiteChoice, share_out
 from rosaq.pipeline.memory import release_freed_memory
+from rosaq.pipeline.output_moments import OutputMoments
 from rosaq.pipeline.rotations import Rotations
-from rosaq.pipeline.site_facts import site_facts
+from rosaq.pipeline.site_facts import SiteMeter
 from rosaq.pipeline.workspace import Workspace
 from rosaq.specs import Recipe
 
@@ -28,34 +30,39 @@ class Sweep:
         self._recipe, self._model, self._work = recipe, model, work
 
     @property
-    def measured(self) -> int:
-        """Sequences that the sites are measured on."""
-        return 0 if self._recipe.budget.is_fixed else self._recipe.budget.sequences
-
-    @property
     def sequences(self) -> int:
         """That go through the model; 0 where the recipe asks for nothing."""
-        return max(self.measured, self._recipe.rows.sequences if self._recipe.has_row_feedback else 0)
+        budget, rows = self._recipe.budget, self._recipe.rows
+        return max(0 if budget.is_fixed else budget.sequences, rows.sequences if self._recipe.has_row_feedback else 0)
 
     @property
     def is_due(self) -> bool:
         """True until all that is wanted is saved."""
-        last = _CHOICES if self.measured else _gradient_name(0)
+        last = _moments_name(0) if self._recipe.budget.is_fixed else _CHOICES
         return bool(self.sequences) and self._work.load(last) is None
 
-    def keep(self, found: Iterable[Sensitivity], rotations: Rotations, rotated: Callable[[int], Tensors]) -> None:
+    def keep(
+        self, found: Iterable[SiteGradients], rotations: Rotations, rotated: Callable[[int], Tensors], num_tokens: int
+    ) -> None:
         """Go through `found`, from the last block to the first, and save what is wanted of it. rotated(i): the weights
-        of block i, folded and rotated."""
-        facts = []
-        for each in found:
-            if self.measured:
-                facts.append(site_facts(each, self._model, self._recipe, rotations, rotated(each.index)))
-            if self._recipe.has_row_feedback:
-                gradient = each.gradient[: self._recipe.rows.sequences].to(torch.bfloat16)
-                self._work.save(_gradient_name(each.index), {"gradient": gradient}, {})
+        of block i, folded and rotated. num_tokens: that went through the model."""
+        facts, recipe = [], self._recipe
+        held = torch.bfloat16 if self._model.is_bf16 else torch.float32
+        for index, parts in groupby(found, key=lambda part: part.index):
+            meter = SiteMeter(self._model, recipe, rotations, index)
+            moments = OutputMoments(self._model.family.block_prefix(index), recipe.quant.damping, held)
+            for part in parts:
+                if not recipe.budget.is_fixed:
+                    meter.add(part)
+                if recipe.has_row_feedback and part.site.stage in (recipe.rows.sites or (part.site.stage,)):
+                    moments.add(part)
+            if not recipe.budget.is_fixed:
+                facts.append(meter.facts(rotated(index), num_tokens))
+            if recipe.has_row_feedback:
+                self._work.save(_moments_name(index), moments.moments(), {})
             release_freed_memory()
-        if self.measured:
-            shared = share_out(facts[::-1], self._recipe.budget, self._recipe.quant)
+        if not recipe.budget.is_fixed:
+            shared = share_out(facts[::-1], recipe.budget, recipe.quant)
             sites = self._model.family.sites  # experts of a block share theirs
             rows = [[asdict(block[site.stage]) for site in sites] for block in shared]
             self._work.save(_CHOICES, {}, {_CHOICES: rows})
@@ -63,19 +70,22 @@ class Sweep:
     def choices(self) -> Choices | None:
         """What the budget gives every site, as saved (by every rank, since two GPUs need not find the same); None for a
         recipe without one."""
-        saved = self._work.load(_CHOICES) if self.measured else None
+        saved = None if self._recipe.budget.is_fixed else self._work.load(_CHOICES)
         if saved is None:
             return None
         names = [site.name for site in self._model.family.sites]
         return [dict(zip(names, (SiteChoice(**c) for c in block), strict=True)) for block in saved[1][_CHOICES]]
 
-    def gradient(self, index: int) -> Tensor | None:
-        """Of the predictions at the output of block `index` [batch, length, d] bfloat16, in the stream as it was
-        rotated for the sweep; None for a recipe without feedback between rows."""
-        saved = self._work.load(_gradient_name(index)) if self._recipe.has_row_feedback else None
-        return None if saved is None else saved[0]["gradient"]
+    def output_moments(self, index: int, mixing: Tensor | None) -> Tensors:
+        """{linear: H [n, n] float64} of block `index`, for feedback between its rows; empty for a recipe without.
+        mixing [d, d]: from the residual stream of the sweep to the one that H is wanted in, None if they are one."""
+        saved = self._work.load(_moments_name(index)) if self._recipe.has_row_feedback else None
+        found = {} if saved is None else {name: h.double() for name, h in saved[0].items()}
+        if mixing is not None:
+            found |= {n: mixing.T @ h @ mixing for n, h in found.items() if n in self._model.family.writers}
+        return found
 
 
-def _gradient_name(index: int) -> str:
-    """Name of the saved gradient at the output of block `index`."""
-    return f"gradient-{index:05d}"
+def _moments_name(index: int) -> str:
+    """Name of the saved moments of block `index`."""
+    return f"outputs-{index:05d}"

@@ -101,7 +101,7 @@ class BudgetSpec:
     energy        directions at a site: the fewest that hold this share of its second moments.
     most          directions at one site at most; where the recipe keeps directions, a site keeps at least one.
     widths        of the codes that a target may choose from.
-    sequences     of the calibration text that the sites are measured on.
+    sequences     of the calibration text that the sites are measured on; more where feedback between rows takes more.
     """
 
     target_bits: float | None = None
