@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rosaq.integrations.transformers import RosaqConfig as RosaqConfig
     from rosaq.integrations.transformers_decoding import compiled_step as compiled_step
     from rosaq.linear import RosaqLinear as RosaqLinear
-    from rosaq.pipeline import quantize as quantize
+    from rosaq.pipeline.quantize import quantize as quantize
     from rosaq.specs import CalibrationSpec as CalibrationSpec
     from rosaq.specs import QuantSpec as QuantSpec
     from rosaq.verification import verify as verify

@@ -13,6 +13,7 @@ from torch import Tensor
 from rosaq import _C
 from rosaq.config import SUPPORTED_BITS
 
+MAX_PANEL = 128  # columns of one round_panel; kMaxPanel in csrc/common/params_rounding.h
 MAX_WEIGHTS = 8  # of one fused_gemms; kMaxWeights in csrc/cpu/gemm.h
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -148,6 +149,39 @@ def unpack(qweight: Tensor, bits: int, op: str = "unpack") -> Tensor:
     return qweight.new_empty((qweight.size(0), qweight.size(1) // bits * 32), dtype=torch.uint8)
 
 
+def _check_panel(op: str, name: str, panel: Tensor) -> None:
+    fits = panel.dtype == torch.float32 and panel.dim() == 2 and 1 <= panel.size(0) <= MAX_PANEL
+    _need(fits, f"{op}: {name}: got {_shape(panel)}, need float32 [p, n] with p from 1 to {MAX_PANEL}")
+
+
+def _check_float(op: str, name: str, tensor: Tensor, want: tuple[int | torch.SymInt, ...]) -> None:
+    fits = tensor.dtype == torch.float32 and tensor.shape == want
+    _need(fits, f"{op}: {name}: got {_shape(tensor)}, need float32 {list(want)}")
+
+
+def round_panel(columns: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    op = "rosaq::round_panel"
+    _check_bits("round_panel", bits)
+    _check_panel(op, "columns", columns)
+    p, n = columns.shape
+    for name, tensor, want in (("factor", factor, (p, p)), ("scale", scale, (n,)), ("zero", zero, (n,))):
+        _check_float(op, name, tensor, want)
+    return columns.new_empty((p, n)), columns.new_empty((p, n))
+
+
+def sweep_panel(
+    slope: Tensor, codes: Tensor, gram: Tensor, scale: Tensor, zero: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    op = "rosaq::sweep_panel"
+    _check_bits("sweep_panel", bits)
+    _check_panel(op, "slope", slope)
+    p, n = slope.shape
+    for name, tensor, want in (("codes", codes, (p, n)), ("gram", gram, (p, p)), ("scale", scale, (p, n))):
+        _check_float(op, name, tensor, want)
+    _check_float(op, "zero", zero, (p, n))
+    return slope.new_empty((p, n)), slope.new_empty((p, n))
+
+
 _ALL: dict[str, Callable[..., object]] = {
     "prepack": prepack,
     "unprepack": unprepack,
@@ -155,6 +189,8 @@ _ALL: dict[str, Callable[..., object]] = {
     "fused_gemms": fused_gemms,
     "pack": pack,
     "unpack": unpack,
+    "round_panel": round_panel,
+    "sweep_panel": sweep_panel,
 }
 for _name, _fake in _ALL.items():
     torch.library.register_fake(f"rosaq::{_name}", _fake)

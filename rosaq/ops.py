@@ -47,6 +47,13 @@ def check_device(device: torch.device) -> None:
         )
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether `check_device` lets `device` pass."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    return bool(_C.build_info()["cuda"]) and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+
+
 def set_cpu_precision(name: str) -> None:
     """How the CPU kernels read activations, for the whole process; the environment variable is ROSAQ_CPU_PRECISION.
 
@@ -164,3 +171,39 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(qweight: Tensor, bits: int) -> Tensor:
     """qweight int32 [n, k*bits/32] -> codes uint8 [n, k]; inverse of `pack`."""
     return torch.ops.rosaq.unpack.default(qweight, bits)  # type: ignore[no-any-return]
+
+
+def round_panel(columns: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """GPTQ inside a panel of p columns of a weight (1 to 128), all n rows at once -> (codes, errors), both [p, n].
+
+    columns [p, n], row j being column j of the weight; factor [p, p], of which the upper triangle counts; scale and
+    zero [n], one grid for the panel; bits 3 or 4. All float32, and so are the codes. For j = 0, 1, ...:
+
+        codes[j]    = clamp(round(columns[j] / scale + zero), 0, 2**bits - 1)       half to even
+        errors[j]   = (columns[j] - (codes[j] - zero) * scale) / factor[j, j]
+        columns[i] -= factor[j, i] * errors[j]    for i > j, in a copy
+
+    Every product, sum and quotient is rounded on its own and in this order: the same bits on every device and
+    instruction set. The PyTorch equivalent is `rosaq.quantizers.panels.round_by_columns`. RuntimeError for anything
+    that does not fit.
+    """
+    return torch.ops.rosaq.round_panel.default(columns, factor, scale, zero, bits)  # type: ignore[no-any-return]
+
+
+def sweep_panel(
+    slope: Tensor, codes: Tensor, gram: Tensor, scale: Tensor, zero: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Coordinate descent over the codes of a panel of p columns (1 to 128), all n rows at once -> (codes, moves), both
+    [p, n].
+
+    slope [p, n], half the gradient of the loss; codes [p, n] so far; gram [p, p] symmetric; scale and zero [p, n]; bits
+    3 or 4. All float32. For j = 0, 1, ..., with w = (codes[j] - zero[j]) * scale[j]:
+
+        best      = clamp(round((w - slope[j] / gram[j, j]) / scale[j] + zero[j]), 0, 2**bits - 1)
+        moves[j]  = (best - codes[j]) * scale[j]
+        slope[i] += gram[j, i] * moves[j]    for i > j, in a copy
+
+    Bits as in `round_panel`. The PyTorch equivalent is `rosaq.quantizers.panels.sweep_by_columns`. RuntimeError for
+    anything that does not fit.
+    """
+    return torch.ops.rosaq.sweep_panel.default(slope, codes, gram, scale, zero, bits)  # type: ignore[no-any-return]

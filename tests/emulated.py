@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from typing import Any
 
 import torch
 from cases import Linear
@@ -147,3 +148,19 @@ class EmulatedLinear:
             assert not left[0] & 0x7FFFFFFF, f"the barrier's word is {left[0]} after the launch"
             assert not left[1:].any(), f"counters {left[1:].nonzero().flatten().tolist()} are not zero after the launch"
             return buffers.read(args.y).reshape(*x.shape[:-1], self.linear.n)
+
+
+@lru_cache
+def rounding_library(mode: str) -> driver.Library:
+    return driver.Library(driver.build("rounding", ["tests/emulator/kernels/rounding.cpp"], mode))
+
+
+def emulated_panel(op: str, args: tuple[Any, ...], options: Options, mode: str = "plain") -> tuple[Tensor, Tensor]:
+    """What "round_panel" or "sweep_panel" makes of the arguments of that op on CUDA."""
+    *tensors, bits = args
+    library = rounding_library(mode)
+    with library.buffers() as buffers:
+        given = [buffers.input(f"argument {i}", tensor.contiguous()) for i, tensor in enumerate(tensors)]
+        made = [buffers.output(name, torch.empty_like(tensors[0])) for name in ("codes", "passed")]
+        library.call(op, options, *tensors[0].shape, bits, *given, *made)
+        return buffers.read(made[0]), buffers.read(made[1])

@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "models": {"config"},
     "rotation": {"config", "models"},
     "calibrate": {"config", "devices", "specs", "layout", "experts", "models"},
-    "quantizers": {"config", "specs", "layout", "rotation"},
+    "quantizers": {"config", "specs", "layout", "rotation", "ops"},
     "tuning": {"config", "specs", "layout", "rotation", "calibrate"},
     "recipes": {"config", "specs"},
     "pipeline": {

@@ -39,6 +39,13 @@ def assert_close_in(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
     assert worst <= FLOORS[dtype], f"worst column error {worst:.2e}, limit {FLOORS[dtype]:.2e}"
 
 
+def assert_panel_close(got: Tensor, want: Tensor) -> None:
+    """What the rows of a panel pass on, float32: a column hears of up to 127 others, and each of them did before it."""
+    limit = 8 * FLOORS[torch.float32]
+    worst = worst_column_error(got, want)
+    assert worst <= limit, f"worst column error {worst:.2e}, limit {limit:.2e}"
+
+
 def assert_tight(got: Tensor, want: Tensor) -> None:
     """float64 algebra: equal up to a few thousand roundings of float64, relative to the largest magnitude."""
     error = (got.double() - want.double()).abs().max() / want.double().abs().max()

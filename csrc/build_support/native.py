@@ -45,7 +45,9 @@ PORTABLE_SOURCES: dict[str, tuple[str, list[str]]] = {
     "torch/schema.cpp": (TORCH, []),
     "torch/fused_args.cpp": (TORCH, []),
     "torch/pack_args.cpp": (TORCH, []),
+    "torch/rounding_args.cpp": (TORCH, []),
     "torch/bind_pack.cpp": (TORCH, []),
+    "torch/bind_rounding.cpp": (TORCH, []),
     "torch/bind_cpu.cpp": (TORCH, []),
     "torch/module.cpp": (PYTHON, []),
 }
@@ -57,9 +59,11 @@ X86_SOURCES: dict[str, tuple[str, list[str]]] = {
 CUDA_SOURCES: dict[str, tuple[str, list[str]]] = {
     "launch/repack.cu": (NVCC, []),
     "launch/dense.cu": (NVCC, []),
+    "launch/rounding.cu": (NVCC, []),
     "launch/instances/table.cpp": (PLAIN, []),
     "torch/bind_cuda.cpp": (TORCH, []),
     "torch/bind_pack_cuda.cpp": (TORCH, []),
+    "torch/bind_rounding_cuda.cpp": (TORCH, []),
     "torch/cuda_context.cpp": (TORCH, []),
     "torch/cuda_weight.cpp": (TORCH, []),
     "torch/many_tokens.cpp": (TORCH, []),

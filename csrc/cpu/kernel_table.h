@@ -4,6 +4,7 @@
 #include "block.h"
 #include "dense.h"
 #include "prepare.h"
+#include "rounding.h"
 #include "stream.h"
 #include "words.h"
 
@@ -19,6 +20,9 @@ constexpr KernelTable kernel_table(const char* name, StreamLimits stream_limits)
     table.to_float = to_float<S>;
     table.dense_product = dense_product<S>;
     table.block_gemm = block_gemm<S>;
+    table.rounding_rows = kRoundingRows<S>;
+    table.round_panel = round_units<S, RoundRows<S>>;
+    table.sweep_panel = round_units<S, SweepRows<S>>;
     if constexpr (S::kByteDot) {
         table.stream_limits = stream_limits;
         for (int d = 0; d < kMaxDigits; ++d) table.tile_rows[d] = tile_rows<S>(d + 1);

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../common/params.h"
+#include "../common/params_rounding.h"
 
 namespace rosaq::cpu {
 
@@ -132,6 +133,11 @@ struct KernelTable {
     int64_t word_cols, word_tile_rows;
     void (*make_words)(const MainLoop& p, int64_t row);
     void (*word_gemm)(const MainLoop& p, int64_t unit_begin, int64_t unit_end);
+
+    // Codes of a panel, for quantising. Unit: rounding_rows rows of the weight.
+    int64_t rounding_rows;
+    void (*round_panel)(const RoundingArgs& a, int64_t unit_begin, int64_t unit_end);
+    void (*sweep_panel)(const RoundingArgs& a, int64_t unit_begin, int64_t unit_end);
 };
 
 extern const KernelTable kPortableKernels;

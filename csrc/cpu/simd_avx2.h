@@ -18,7 +18,8 @@ struct SimdAvx2 {
     static constexpr int kStreamSums = 4;    // tokens x digits per pass: each has a pair sum and an int32 sum
     static constexpr bool kPairSums = true;  // dot sums pairs in 16 bits, widen_pairs makes them int32
     static constexpr int kTileRows = 6;  // 6 x 2 sums + 2 panel vectors + 1 broadcast = 15 of 16 registers
-    static constexpr int kWordRows = 4;  // 4 x 2 sums + 2 weight vectors + a broadcast and a product
+    static constexpr int kRoundingColumns = 4;  // 4 x 2 sums + 2 vectors heard + a broadcast and a product
+    static constexpr int kWordRows = 4;         // 4 x 2 sums + 2 weight vectors + a broadcast and a product
     using I = __m256i;
     // I as a vector of int32: g++ keeps whole arrays of these in registers, those of __m256i (int64) also in
     // memory.
@@ -99,6 +100,11 @@ struct SimdAvx2 {
     ROSAQ_INLINE void store_f(float* p, F a) { _mm256_storeu_ps(p, a); }
     ROSAQ_INLINE F add_f(F a, F b) { return _mm256_add_ps(a, b); }
     ROSAQ_INLINE F mul_f(F a, F b) { return _mm256_mul_ps(a, b); }
+    ROSAQ_INLINE F sub_f(F a, F b) { return _mm256_sub_ps(a, b); }
+    ROSAQ_INLINE F div_f(F a, F b) { return _mm256_div_ps(a, b); }
+    // b where either is NaN.
+    ROSAQ_INLINE F min_f(F a, F b) { return _mm256_min_ps(a, b); }
+    ROSAQ_INLINE F max_f(F a, F b) { return _mm256_max_ps(a, b); }
     ROSAQ_INLINE F mul_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     // v[i] lane j becomes v[j] lane i.
     ROSAQ_INLINE void transpose(F (&v)[kLanes]) {

@@ -18,7 +18,8 @@ struct SimdAvx512 {
     static constexpr bool kByteDot = true;
     static constexpr int kTileRows =
         14;  // 14 x 2 sums + 2 panel vectors = 30 of 32 registers; broadcasts are operands
-    static constexpr int kWordRows = 12;  // 12 x 2 sums + 2 weight vectors + a broadcast and a product
+    static constexpr int kRoundingColumns = 8;  // 8 x 2 sums + 2 vectors heard + a broadcast and a product
+    static constexpr int kWordRows = 12;        // 12 x 2 sums + 2 weight vectors + a broadcast and a product
     using I = __m512i;
     // I as a vector of int32: g++ keeps whole arrays of these in registers, those of __m512i (int64) also in
     // memory.
@@ -98,6 +99,11 @@ struct SimdAvx512 {
     ROSAQ_INLINE void store_f(float* p, F a) { _mm512_storeu_ps(p, a); }
     ROSAQ_INLINE F add_f(F a, F b) { return _mm512_add_ps(a, b); }
     ROSAQ_INLINE F mul_f(F a, F b) { return _mm512_mul_ps(a, b); }
+    ROSAQ_INLINE F sub_f(F a, F b) { return _mm512_sub_ps(a, b); }
+    ROSAQ_INLINE F div_f(F a, F b) { return _mm512_div_ps(a, b); }
+    // b where either is NaN.
+    ROSAQ_INLINE F min_f(F a, F b) { return _mm512_min_ps(a, b); }
+    ROSAQ_INLINE F max_f(F a, F b) { return _mm512_max_ps(a, b); }
     ROSAQ_INLINE F mul_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     // v[i] lane j becomes v[j] lane i.
     ROSAQ_INLINE void transpose(F (&v)[kLanes]) {

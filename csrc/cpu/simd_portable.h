@@ -17,6 +17,7 @@ struct SimdPortable {
     static constexpr int kLanes = 8;
     static constexpr bool kByteDot = false;
     static constexpr int kTileRows = 2;  // rows of the float32 tile: 2 x 2 vectors fill the 16 SSE registers
+    static constexpr int kRoundingColumns = 2;
     struct I {
         int32_t v[kLanes];
     };
@@ -73,6 +74,23 @@ struct SimdPortable {
     ROSAQ_INLINE F mul_f(F a, F b) {
         ROSAQ_LANES a.v[i] *= b.v[i];
         return a;
+    }
+    ROSAQ_INLINE F sub_f(F a, F b) {
+        ROSAQ_LANES a.v[i] -= b.v[i];
+        return a;
+    }
+    ROSAQ_INLINE F div_f(F a, F b) {
+        ROSAQ_LANES a.v[i] /= b.v[i];
+        return a;
+    }
+    // b where either is NaN.
+    ROSAQ_INLINE F min_f(F a, F b) {
+        ROSAQ_LANES b.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+        return b;
+    }
+    ROSAQ_INLINE F max_f(F a, F b) {
+        ROSAQ_LANES b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+        return b;
     }
     ROSAQ_INLINE F mul_add(F a, F b, F c) {
         ROSAQ_LANES c.v[i] += a.v[i] * b.v[i];

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "../common/params_rounding.h"
 #include "../kernels/blob.h"
 #include "plan.h"
 
@@ -51,5 +52,7 @@ cudaError_t add_rows(void* y, const void* other, const Buffer& bias, DType dtype
 // codes uint8 [n, k] to qweight or back, blocks = n * k / 32
 cudaError_t pack_codes(uint8_t* codes, uint32_t* qweight, int64_t blocks, int bits, cudaStream_t stream);
 cudaError_t unpack_codes(uint8_t* codes, uint32_t* qweight, int64_t blocks, int bits, cudaStream_t stream);
+cudaError_t round_panel(const RoundingArgs& args, cudaStream_t stream);
+cudaError_t sweep_panel(const RoundingArgs& args, cudaStream_t stream);
 
 }  // namespace rosaq::cuda

@@ -38,6 +38,15 @@ Tensor unpack(const Tensor&, int64_t) {
     refuse("rosaq::unpack");
 }
 
+std::tuple<Tensor, Tensor> round_panel(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t) {
+    refuse("rosaq::round_panel");
+}
+
+std::tuple<Tensor, Tensor> sweep_panel(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                       const Tensor&, int64_t) {
+    refuse("rosaq::sweep_panel");
+}
+
 }  // namespace
 }  // namespace rosaq::bind
 
@@ -47,4 +56,6 @@ STABLE_TORCH_LIBRARY_IMPL(rosaq, CUDA, m) {
     m.impl("unprepack", TORCH_BOX(&rosaq::bind::unprepack));
     m.impl("pack", TORCH_BOX(&rosaq::bind::pack));
     m.impl("unpack", TORCH_BOX(&rosaq::bind::unpack));
+    m.impl("round_panel", TORCH_BOX(&rosaq::bind::round_panel));
+    m.impl("sweep_panel", TORCH_BOX(&rosaq::bind::sweep_panel));
 }

@@ -20,10 +20,6 @@ Tensor empty_on(const Tensor& device_of, std::initializer_list<int64_t> sizes, S
     return torch::stable::empty(shape, type, std::nullopt, device_of.device());
 }
 
-void check_is_cuda(const char* op, const char* name, const Tensor& t) {
-    ROSAQ_CHECK(t.is_cuda(), op, ": ", name, ": got a tensor on the CPU, need it beside the CUDA tensors");
-}
-
 cuda::DiskWeight disk_of(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros) {
     const auto data = [](const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); };
     return {static_cast<uint32_t*>(data(qweight)), static_cast<uint16_t*>(data(scales)),

@@ -39,6 +39,10 @@ inline void check_cpu(const char* op, const char* name, const Tensor& t) {
                 ": got a tensor that is not on the CPU, need one beside the other arguments");
 }
 
+inline void check_is_cuda(const char* op, const char* name, const Tensor& t) {
+    ROSAQ_CHECK(t.is_cuda(), op, ": ", name, ": got a tensor on the CPU, need it beside the CUDA tensors");
+}
+
 inline std::string device_text(const Tensor& t) {
     return t.is_cpu() ? "the CPU" : "device " + std::to_string(t.get_device_index());
 }

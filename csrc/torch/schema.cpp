@@ -16,4 +16,10 @@ STABLE_TORCH_LIBRARY(rosaq, m) {
         "symmetric) -> Tensor[]");
     m.def("pack(Tensor codes, int bits) -> Tensor");
     m.def("unpack(Tensor qweight, int bits) -> Tensor");
+    m.def(
+        "round_panel(Tensor columns, Tensor factor, Tensor scale, Tensor zero, int bits) -> (Tensor, "
+        "Tensor)");
+    m.def(
+        "sweep_panel(Tensor slope, Tensor codes, Tensor gram, Tensor scale, Tensor zero, int bits) -> "
+        "(Tensor, Tensor)");
 }

@@ -203,6 +203,18 @@ EMU_INLINE float __uint_as_float(uint32_t v) {
 EMU_INLINE float __int_as_float(int v) {
     return emu_bit_cast<float>(v);
 }
+EMU_INLINE float __fadd_rn(float a, float b) {
+    return a + b;
+}
+EMU_INLINE float __fsub_rn(float a, float b) {
+    return a - b;
+}
+EMU_INLINE float __fmul_rn(float a, float b) {
+    return a * b;
+}
+EMU_INLINE float __fdiv_rn(float a, float b) {
+    return a / b;
+}
 EMU_INLINE int __popc(uint32_t v) {
     return __builtin_popcount(v);
 }
