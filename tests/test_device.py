@@ -68,7 +68,7 @@ def test_the_work_was_done_on_the_device(made):
     wanted = {
         "aten::_linalg_eigh",
         "aten::linalg_cholesky_ex",
-        "aten::addr_",
+        "aten::addmm_",
         "aten::mm",
         "aten::bmm",
     }

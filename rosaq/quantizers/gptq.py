@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rosaq.quantizers.grid import Grid, empty_grid, fit_grid, from_codes, to_codes
+from rosaq.quantizers.grid import Grid, empty_grid, fit_grid
+from rosaq.quantizers.panels import MAX_PANEL, round_panel
 from rosaq.specs import QuantSpec
 
-_PANEL = 128  # columns updated in one go; later panels get their corrections as one matrix product
 _MAX_DOUBLINGS = 6  # of the damping
 _LEAST_DAMPING = 1e-8
 
@@ -67,8 +67,8 @@ def inverse_factor(gram: Tensor, num_bulk: int, damping: float) -> Tensor:
 
 
 class Panel(NamedTuple):
-    """Bulk columns [start, stop) that are rounded before later columns hear of their errors, and the groups
-    (first column, end column, group) that begin in it."""
+    """Bulk columns [start, stop), whose errors later panels hear of in one matrix product, and the groups (first
+    column, end column, group) that they belong to."""
 
     start: int
     stop: int
@@ -84,14 +84,14 @@ def _panels(group_of: Tensor) -> Iterator[Panel]:
     groups = [(end - count, end, group) for group, count, end in zip(*lists, strict=True)]
     pending: list[tuple[int, int, int]] = []
     for group in groups:
-        if pending and group[1] - pending[0][0] > _PANEL:
+        if pending and group[1] - pending[0][0] > MAX_PANEL:
             yield Panel(pending[0][0], pending[-1][1], pending)
             pending = []
         pending.append(group)
-        if group[1] - group[0] > _PANEL:
-            cuts = [*range(group[0], group[1], _PANEL), group[1]]
+        if group[1] - group[0] > MAX_PANEL:
+            cuts = [*range(group[0], group[1], MAX_PANEL), group[1]]
             for start, stop in itertools.pairwise(cuts):
-                yield Panel(start, stop, pending if start == group[0] else [])
+                yield Panel(start, stop, pending)
             pending = []
     if pending:
         yield Panel(pending[0][0], pending[-1][1], pending)
@@ -142,28 +142,20 @@ def round_columns(w: Tensor, given: Columns, spec: QuantSpec, group_size: int) -
     work = w[:, torch.cat([bulk, kept])].contiguous()
     grid = empty_grid(n, k // group_size, spec, w.device)
     codes = torch.empty(k, n, device=w.device)  # columns are written one by one
-    numbers = bulk.tolist()  # read once: asking a GPU for one per column would wait for it every time
     for panel in _panels(bulk // group_size):
         columns = work[:, panel.start : panel.stop].T.contiguous()
         errors = torch.empty_like(columns)
-        starts = {first: (first, end, group) for first, end, group in panel.groups}
-        step = Grid(torch.empty(0), torch.empty(0))
-        for j in range(panel.start, panel.stop):
-            if j in starts:
-                first, end, group = starts[j]
-                inside = end <= panel.stop
-                w_group = columns[first - panel.start : end - panel.start].T if inside else work[:, first:end]
+        for first, end, group in panel.groups:
+            if first >= panel.start:  # the group begins here, with its columns up to date
+                inside = columns[first - panel.start : end - panel.start].T
+                w_group = inside if end <= panel.stop else work[:, first:end]
                 fitted = fit_grid(w_group[:, None], spec, importance[None, first:end])
                 grid.scale[:, group], grid.zero[:, group] = fitted.scale[:, 0], fitted.zero[:, 0]
-            if j in starts or j == panel.start:
-                group = numbers[j] // group_size
-                step = Grid(grid.scale[:, group], grid.zero[:, group])
-            column = columns[j - panel.start]
-            code = to_codes(column, step, spec.bits)
-            codes[numbers[j]] = code
-            error = (column - from_codes(code, step)) / factor[j, j]
-            errors[j - panel.start] = error
-            columns[j - panel.start + 1 :].addr_(factor[j, j + 1 : panel.stop], error, alpha=-1)
+            own = slice(max(first, panel.start), min(end, panel.stop))  # columns of the group in this panel
+            here = slice(own.start - panel.start, own.stop - panel.start)
+            step = Grid(grid.scale[:, group], grid.zero[:, group])
+            codes[bulk[own]], errors[here] = round_panel(columns[here], factor[own, own], step, spec.bits)
+            columns[here.stop :].addmm_(factor[own, own.stop : panel.stop].T, errors[here], alpha=-1)
         work[:, panel.stop :].addmm_(errors.T, factor[panel.start : panel.stop, panel.stop :], alpha=-1)
     codes[kept] = grid.zero[:, kept // group_size].T
     return codes.T.contiguous(), grid, work[:, len(bulk) :]

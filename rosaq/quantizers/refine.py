@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rosaq.quantizers.grid import Grid, from_codes, to_codes
+from rosaq.quantizers.grid import Grid, from_codes
+from rosaq.quantizers.panels import MAX_PANEL, sweep_panel
 
-_PANEL = 128
 _PULL = 1e-6  # of each diagonal: keeps a group whose codes are all zero points at its current scale
 
 
@@ -108,16 +108,12 @@ def sweep_codes(
     w_hat = from_codes(codes, _widened(grid, w.shape[1]))
     w_hat[:, salient] = salient_weight
     slope = narrow @ (w_hat - w).T  # half the gradient of the loss, [k, n] as all below: columns are read one by one
-    w_hat, codes, scale, zero = (tensor.T.contiguous() for tensor in (w_hat, codes, *grid))
-    diagonal = torch.diagonal(narrow).tolist()
-    for columns in torch.nonzero(~salient).flatten().split(_PANEL):
-        panel, moved = slope[columns], torch.empty(len(columns), len(w), device=w.device)
-        inside = narrow[columns][:, columns]
-        for i, j in enumerate(columns.tolist()):
-            step = Grid(scale[j // group_size], zero[j // group_size])
-            best = to_codes(torch.add(w_hat[j], panel[i], alpha=-1 / diagonal[j]), step, bits)
-            moved[i] = (best - codes[j]) * step.scale
-            codes[j] = best
-            panel[i + 1 :].addr_(inside[i, i + 1 :], moved[i])
-        slope.addmm_(narrow[columns].T, moved)
+    codes, scale, zero = (tensor.T.contiguous() for tensor in (codes, *grid))
+    for columns in torch.nonzero(~salient).flatten().split(MAX_PANEL):
+        group = columns // group_size
+        links = narrow[columns]
+        codes[columns], moves = sweep_panel(
+            slope[columns], codes[columns], links[:, columns], Grid(scale[group], zero[group]), bits
+        )
+        slope.addmm_(links.T, moves)
     return codes.T.contiguous()
