@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tolerances import assert_panel_close
@@ -14,6 +15,23 @@ from rosaq.quantizers.panels import round_by_columns, sweep_by_columns
 SIZES = [(p, n) for p in (1, 7, 16, 33, 128) for n in (1, 8, 100, 576)]
 # Of a step of the grid: nearer to the middle between two codes the rounding of float32 may decide.
 HAIR = 2.0**-12
+
+# Arguments that are right, to make one of them wrong.
+ROUND: dict[str, Any] = {
+    "columns": torch.zeros(4, 8),
+    "factor": torch.eye(4),
+    "scale": torch.ones(8),
+    "zero": torch.zeros(8),
+    "bits": 3,
+}
+SWEEP: dict[str, Any] = {
+    "slope": torch.zeros(4, 8),
+    "codes": torch.zeros(4, 8),
+    "gram": torch.eye(4),
+    "scale": torch.ones(4, 8),
+    "zero": torch.zeros(4, 8),
+    "bits": 3,
+}
 
 
 @dataclass

@@ -25,9 +25,13 @@ def test_tensors_of_the_cpu_are_named() -> None:
         call("fused_gemm", x, linear.packed(), *extras, 16, 4, 32, True)
     with pytest.raises(RuntimeError, match="prepack: qweight: got a tensor on the CPU"):
         call("prepack", linear.qweight, linear.scales, None, 4)
+    with pytest.raises(RuntimeError, match="round_panel: columns: got a tensor on the CPU"):
+        call("round_panel", torch.zeros(4, 8), torch.eye(4), torch.ones(8), torch.zeros(8), 4)
+    with pytest.raises(RuntimeError, match="sweep_panel: slope: got a tensor on the CPU"):
+        call("sweep_panel", *[torch.zeros(4, 8)] * 2, torch.eye(4), *[torch.ones(4, 8)] * 2, 4)
 
 
-@pytest.mark.parametrize("op", ["fused_gemm", "prepack", "unprepack", "pack", "unpack"])
+@pytest.mark.parametrize("op", ["fused_gemm", "prepack", "unprepack", "pack", "unpack", "round_panel", "sweep_panel"])
 def test_every_op_has_a_cuda_side(op: str) -> None:
     """Kernels where there was nvcc, else an error that says so."""
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rosaq::{op}", "CUDA")  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from emulated import Options, emulated_panel
-from panel_cases import SIZES, check_rounded, check_swept, make_panel
+from panel_cases import ROUND, SIZES, SWEEP, check_rounded, check_swept, make_panel
 from torch import Tensor
 
 from rosaq import ops
@@ -99,21 +99,6 @@ def test_only_devices_with_kernels_have_them(monkeypatch: pytest.MonkeyPatch) ->
     assert ops.has_kernels(torch.device("cuda", 0))
 
 
-ROUND: dict[str, Any] = {
-    "columns": torch.zeros(4, 8),
-    "factor": torch.eye(4),
-    "scale": torch.ones(8),
-    "zero": torch.zeros(8),
-    "bits": 3,
-}
-SWEEP: dict[str, Any] = {
-    "slope": torch.zeros(4, 8),
-    "codes": torch.zeros(4, 8),
-    "gram": torch.eye(4),
-    "scale": torch.ones(4, 8),
-    "zero": torch.zeros(4, 8),
-    "bits": 3,
-}
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "round_panel",
