@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rosaq.specs import BudgetSpec, ImportanceSpec, QuantSpec, Recipe, RotationSpec, SalientSpec, TuneSpec
+from rosaq.specs import BudgetSpec, ImportanceSpec, QuantSpec, Recipe, RotationSpec, RowSpec, SalientSpec, TuneSpec
 
 _RTN = QuantSpec(method="rtn", clip=False)
 _GPTQ = QuantSpec(method="gptq", clip=True)
@@ -27,7 +27,8 @@ RECIPES: dict[str, Recipe] = {
     # per layer to the letter: every site rotates its input by its own dense PCA matrix, larger than its codes
     "rosaq-layer": Recipe("rosaq-layer", _RTN, RotationSpec("dense", "dense", "dense"), SalientSpec(16, basis=())),
     # ours: few principal directions in FP16, a random basis of the rest, second moments that listen to attended tokens,
-    # GPTQ with the salient columns as correctors, scales and codes once more, tuning block by block and as a whole.
+    # GPTQ with the salient columns as correctors and, in attention, with rows that make up for each other's errors,
+    # scales and codes once more, tuning block by block and as a whole.
     # What the scales of groups would take goes into the fourth bit of those codes that gain most by it
     "rosaq-gptq": Recipe(
         "rosaq-gptq",
@@ -38,6 +39,7 @@ RECIPES: dict[str, Recipe] = {
         moments="dense",
         tune=TuneSpec(steps=64, model_steps=32),
         budget=BudgetSpec(target_bits=3.45),
+        rows=RowSpec(parts=8, sequences=16, sites=("attn_in", "attn_out")),
     ),
 }
 _UNIFORM_GROUP = 64  # of a recipe with a target, where all codes are to have the same width instead
@@ -48,15 +50,21 @@ DEFAULT_RECIPE = "rosaq-gptq"
 
 @dataclass(frozen=True)
 class Preset:
-    """How much work a run puts into any recipe: calibration windows, and the steps of tuning block by block and of the
-    whole model as multiples of the recipe's (docs/accuracy.md has what they buy and cost)."""
+    """How much work a run puts into any recipe: calibration windows, the steps of tuning block by block and of the
+    whole model as multiples of the recipe's, and whether rows hear of each other's errors, where the recipe says how
+    (docs/accuracy.md has what they buy and cost)."""
 
     num_sequences: int
     steps: int
     model_steps: int
+    has_rows: bool
 
 
-PRESETS = {"fast": Preset(32, 0, 0), "default": Preset(128, 1, 1), "best": Preset(256, 2, 4)}
+PRESETS = {
+    "fast": Preset(32, 0, 0, has_rows=False),
+    "default": Preset(128, 1, 1, has_rows=True),
+    "best": Preset(256, 2, 4, has_rows=True),
+}
 DEFAULT_PRESET = "default"
 
 
@@ -114,7 +122,8 @@ def make_recipe(
     listened = recipe.importance if importance is None else replace(recipe.importance, strategy=importance)
     times, steps = preset_of(preset), recipe.tune
     tune = replace(steps, steps=steps.steps * times.steps, model_steps=steps.model_steps * times.model_steps)
-    changed = replace(recipe, quant=quant, salient=chosen, importance=listened, tune=tune, budget=budget)
+    rows = recipe.rows if times.has_rows else replace(recipe.rows, parts=1)
+    changed = replace(recipe, quant=quant, salient=chosen, importance=listened, tune=tune, budget=budget, rows=rows)
     if importance is not None and not changed.needs_tokens:
         raise ValueError(f"importance: got {importance!r} with recipe {recipe.name!r}, need one that looks at tokens")
     return changed if head_bits is None else replace(changed, head_bits=head_bits)

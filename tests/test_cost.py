@@ -124,7 +124,7 @@ def test_feedback_between_rows_holds_squares_of_the_outputs_of_one_block(size, t
     source = save_dense(tmp_path / "dense", tiny_llama(num_hidden_layers=size.layers, intermediate_size=size.mlp))
     spec = CalibrationSpec(size.sequences, LENGTH, batch_size=8)
     with PeakMemory() as memory:
-        quantize(source, tmp_path / "out", recipe=recipe, preset="fast", calibration=[TEXT[0] * 20], spec=spec)
+        quantize(source, tmp_path / "out", recipe=recipe, calibration=[TEXT[0] * 20], spec=spec)
     assert memory.peak <= size.bound + 4 * size.moments
     assert memory.peak > size.bound  # or the text of DESIGN.md says too much
 

@@ -16,6 +16,10 @@ from rosaq.models.tables import LLAMA
 from rosaq.pipeline import quantize
 from rosaq.pipeline import run as run_module
 from rosaq.pipeline.output_moments import OutputMoments
+from rosaq.pipeline.request import calibration_windows
+from rosaq.pipeline.run import Run
+from rosaq.pipeline.source import DenseModel
+from rosaq.pipeline.workspace import Workspace
 from rosaq.quantizers import NotPositiveDefiniteError, RowFeedback, quantize_weight, quantize_with_basis
 from rosaq.recipes import make_recipe
 from rosaq.specs import CalibrationSpec, QuantSpec, Recipe, RowSpec
@@ -138,7 +142,9 @@ def test_moments_that_do_not_fit_are_refused():
 
 # --- a model ---------------------------------------------------------------------------------------------------------
 
-ROWS = replace(make_recipe("rosaq-gptq", salient=2, group_size=32), rows=RowSpec(parts=4, sequences=5))
+# without tuning, and at all sites
+ROWS = make_recipe("rosaq-gptq", salient=2, group_size=32, preset="fast")
+ROWS = replace(ROWS, rows=RowSpec(parts=4, sequences=5))
 
 
 @pytest.fixture(scope="module")
@@ -192,12 +198,49 @@ def codes(directory):
 
 
 def test_the_gradient_reaches_the_codes_of_every_linear(dense, tmp_path):
-    quantize(dense, tmp_path / "rows", recipe=ROWS, preset="fast", **SMALL)
-    quantize(dense, tmp_path / "plain", recipe=replace(ROWS, rows=RowSpec()), preset="fast", **SMALL)
+    quantize(dense, tmp_path / "rows", recipe=ROWS, **SMALL)
+    quantize(dense, tmp_path / "plain", recipe=replace(ROWS, rows=RowSpec()), **SMALL)
     ours, plain = codes(tmp_path / "rows"), codes(tmp_path / "plain")
     assert ours.keys() == plain.keys()
     assert not any(torch.equal(ours[name], plain[name]) for name in ours)
     assert {path.name for path in tmp_path.iterdir()} == {"rows", "plain"}
+
+
+def test_sites_may_be_chosen_and_the_fast_preset_does_without(dense, tmp_path):
+    own = replace(ROWS, rows=replace(ROWS.rows, sites=("attn_in",)))
+    for name, recipe, preset in (("in", own, "default"), ("plain", own, "fast")):
+        quantize(dense, tmp_path / name, recipe=recipe, preset=preset, **SMALL)
+    ours, plain = codes(tmp_path / "in"), codes(tmp_path / "plain")
+    changed = {name for name in ours if not torch.equal(ours[name], plain[name])}
+    assert changed == {name for name in ours if any(f"{part}_proj" in name for part in "qkv")}
+    with pytest.raises(ValueError, match=r"rows.sites: got \['mlp'\], need some of \['attn_in', "):
+        quantize(dense, tmp_path / "no", recipe=replace(own, rows=replace(own.rows, sites=("mlp",))), **SMALL)
+
+
+def test_moments_follow_the_stream_into_the_basis_that_the_budget_leaves(dense, tmp_path):
+    """Measured in the stream before its unkept axes are mixed, and turned: as if measured in it afterwards."""
+    recipe = make_recipe("rosaq-gptq", group_size=32, preset="fast", target_bits=4.6)
+    recipe = replace(recipe, rows=RowSpec(parts=4, sequences=5))
+    source = DenseModel(dense)
+    ids = calibration_windows(source, TEXT, SMALL["spec"])
+
+    def run_in(name):
+        work = Workspace(tmp_path / name, {}, torch.device("cpu"), force=False, resume=False)
+        return Run(source, recipe, SMALL["spec"], ids, work, lambda *_, **__: None)
+
+    before, after = run_in("before"), run_in("after")
+    before.choose_rotations()
+    before.measure_predictions()
+    unmixed = before.output_moments(1)["self_attn.o_proj"]
+    before.mix_unkept_axes()
+    after.rotations = before.rotations
+    after.measure_predictions()
+    turned, straight = before.output_moments(1), after.output_moments(1)
+    assert turned.keys() == straight.keys() >= {"self_attn.o_proj", "mlp.up_proj"}
+    for name, h in straight.items():
+        # the damping of the leverage is a share of the smaller channels, and the basis decides which they are
+        assert (turned[name] - h).norm() <= 0.02 * h.norm(), name
+    assert (unmixed - straight["self_attn.o_proj"]).norm() > 0.1 * unmixed.norm()
 
 
 def test_a_killed_run_reads_the_gradient_back(dense, tmp_path, monkeypatch):
@@ -208,7 +251,7 @@ def test_a_killed_run_reads_the_gradient_back(dense, tmp_path, monkeypatch):
         if (event.stage, event.block) == ("blocks", 0):
             raise Killed
 
-    request = {"recipe": ROWS, "preset": "fast", **SMALL}
+    request = {"recipe": ROWS, **SMALL}
     quantize(dense, tmp_path / "undisturbed", **request)
     with pytest.raises(Killed):
         quantize(dense, tmp_path / "out", progress=kill, **request)
@@ -239,6 +282,6 @@ def on_ranks(dense, output):
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
     spec = CalibrationSpec(num_sequences=8, sequence_length=48, batch_size=2)
-    quantize(dense, output, recipe=ROWS, preset="fast", group_size=32, calibration=TEXT, spec=spec)
+    quantize(dense, output, recipe=ROWS, group_size=32, calibration=TEXT, spec=spec)
     if "RANK" in os.environ:
         torch.distributed.destroy_process_group()

@@ -49,9 +49,10 @@ def fit_to_family(recipe: Recipe, family: Family) -> Recipe:
 def check_formats(model: BlockModel, recipe: Recipe) -> None:
     """Refuse what the recipe cannot do with this model before any work, naming the linear."""
     quant, stages = recipe.quant, sorted({site.stage for site in model.family.sites})
-    unknown = sorted({*recipe.importance.sites} - {*stages})
-    if unknown:
-        raise ValueError(f"importance.sites: got {unknown}, need some of {stages} in {model.family.name}")
+    for name, sites in {"importance": recipe.importance.sites, "rows": recipe.rows.sites}.items():
+        unknown = sorted({*sites} - {*stages})
+        if unknown:
+            raise ValueError(f"{name}.sites: got {unknown}, need some of {stages} in {model.family.name}")
     for name, (k, n) in model.linear_sizes().items():
         site = next(s for s in model.family.sites if name in s.linears)
         count = recipe.salient.count_at(site.reads)

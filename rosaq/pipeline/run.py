@@ -109,6 +109,10 @@ class Run:
         assert self.rotations.residual is not None
         self._mixing = before.T @ self.rotations.residual
 
+    def output_moments(self, index: int) -> Tensors:
+        """Of block `index`, {linear: H}, in the stream as it is rotated now; empty without feedback between rows."""
+        return self._sweep.output_moments(index, self._mixing)
+
     def _running(self, index: int) -> Tensors:
         """The rotated weights of block `index` as plain modules run them."""
         weights = self._rotated(index, self._dense.block(index))
@@ -222,7 +226,7 @@ class Run:
             self.choices[index],
             self._spec.seed,
             dtype,
-            self._sweep.output_moments(index, self._mixing),
+            self.output_moments(index),
         )
         result = quantize_block(task, streams)
         stored = result.stored
