@@ -73,6 +73,7 @@ if [[ $parts == *" speed "* ]]; then
     # In a process of their own: a rival that breaks the device must not cost the rest.
     step rivals 200 "$python" benchmarks/bench_gemm.py --rivals --out "$out/rivals.json" --m 1 16 64
     step decode 150 "$python" benchmarks/bench_decode_gpu.py --out "$out/decode.json"
+    step quantize_speed 150 "$python" benchmarks/bench_quantize_gpu.py --out "$out/quantize.json"
 fi
 cat "$out/summary.txt"
 [ ! -s "$failed" ]
