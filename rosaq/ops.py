@@ -21,6 +21,7 @@ except ImportError as error:
         what = "this is the source tree, which hides an installed rosaq: leave it, or build it here, `pip install -e .`"
     raise ImportError(f"rosaq._C (the compiled kernels) cannot be loaded: {what}. The loader said: {error}") from error
 
+from rosaq.fakes import MAX_PANEL as MAX_PANEL
 from rosaq.fakes import MAX_WEIGHTS as MAX_WEIGHTS
 
 MIN_CAPABILITY = (8, 0)

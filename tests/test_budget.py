@@ -55,6 +55,16 @@ def test_principal_directions_and_channels_agree_on_a_diagonal_gram():
     assert_tight(channels[1][3:], basis[1][3:])
 
 
+def test_without_directions_the_determinant_is_all_there_is_to_know():
+    gram = randn(K, 3 * K) @ randn(3 * K, K, seed=1)
+    gram = gram @ gram.T
+    kept, rest, energy = spectrum_of(gram, 0, 0.01, None)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(K, dtype=torch.float64)
+    assert len(kept) == 0
+    assert_tight(rest, torch.linalg.eigvalsh(damped).log().sum()[None])
+    assert energy == pytest.approx(float(gram.trace()))
+
+
 def test_the_bits_of_a_site_are_those_of_its_stored_tensors():
     for fmt in (LinearFormat(3, 32, False, 2), LinearFormat(4, 64, True, 3, "basis"), LinearFormat(3, -1)):
         shapes = fmt.tensor_shapes(K, N)

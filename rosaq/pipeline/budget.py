@@ -146,12 +146,13 @@ def spectrum_of(gram: Tensor, most: int, damping: float, order: Tensor | None) -
     order: the channels that would be kept, first to last ([most]); None: the principal directions of gram.
     """
     k, energy = len(gram), float(torch.diagonal(gram).sum())
-    if order is None:
+    if order is None and most:
         values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
         logs = torch.log(values + damping_term(values[most:].mean(), damping))
         rest = logs.sum() - torch.cat([logs.new_zeros(1), torch.cumsum(logs[:most], 0)])
         return values[:most].cpu(), rest.cpu(), energy
     is_kept = torch.zeros(k, dtype=torch.bool, device=gram.device)
+    order = gram.new_empty(0, dtype=torch.int64) if order is None else order  # a determinant needs no eigenvalues
     is_kept[order] = True
     bulk = torch.nonzero(~is_kept).flatten()
     arranged = torch.cat([bulk, order.flip(0)])  # whoever is kept first stands last, so each K is a leading part

@@ -15,7 +15,7 @@ from torch import Tensor
 from rosaq import ops
 from rosaq.quantizers.grid import Grid, from_codes, to_codes
 
-MAX_PANEL = 128  # columns
+MAX_PANEL = ops.MAX_PANEL
 
 
 def round_panel(columns: Tensor, factor: Tensor, grid: Grid, bits: int) -> tuple[Tensor, Tensor]:
