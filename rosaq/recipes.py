@@ -39,7 +39,7 @@ RECIPES: dict[str, Recipe] = {
         moments="dense",
         tune=TuneSpec(steps=64, model_steps=32),
         budget=BudgetSpec(target_bits=3.45),
-        rows=RowSpec(parts=8, sequences=16, sites=("attn_in", "attn_out")),
+        rows=RowSpec(parts=8, sites=("attn_in", "attn_out")),
     ),
 }
 _UNIFORM_GROUP = 64  # of a recipe with a target, where all codes are to have the same width instead

@@ -89,8 +89,7 @@ class Run:
                 self._embed(ids, self.rotations.residual),
                 torch.Generator().manual_seed(self._spec.seed),
             )
-            rotated = lambda index: self._rotated(index, self._dense.block(index))  # noqa: E731
-            self._sweep.keep(found, self.rotations, rotated, ids.numel())
+            self._sweep.keep(found, self.rotations, self._rotated_dense, ids.numel())
         self.choices = self._sweep.choices() or self.choices
 
     def mix_unkept_axes(self) -> None:
@@ -113,9 +112,13 @@ class Run:
         """Of block `index`, {linear: H}, in the stream as it is rotated now; empty without feedback between rows."""
         return self._sweep.output_moments(index, self._mixing)
 
+    def _rotated_dense(self, index: int) -> Tensors:
+        """The weights of block `index`, folded and rotated."""
+        return self._rotated(index, self._dense.block(index))
+
     def _running(self, index: int) -> Tensors:
         """The rotated weights of block `index` as plain modules run them."""
-        weights = self._rotated(index, self._dense.block(index))
+        weights = self._rotated_dense(index)
         return online(weights, self._dense.blocks.family, self.rotations.of_block(index))
 
     @property

@@ -17,7 +17,7 @@ from rosaq.specs import Recipe
 
 Tensors = dict[str, Tensor]
 # Of the loss of query, key and value, by feedback between rows: on held-back tokens 0.33 to 0.8 of it, block by block.
-# What the gradient tells of the other sites' rows is within a few per cent of nothing (DESIGN.md, "Recipes").
+# Of the other linears' it is 0.8 and more, which is not counted (DESIGN.md, "Recipes").
 LEFT_BY_ROWS = 0.65
 
 
@@ -47,7 +47,7 @@ class SiteMeter:
         result = {}
         for stage, group in groupby(self._model.family.sites, key=lambda site: site.stage):
             sites, sensitivity = list(group), self._costs[stage] / num_tokens
-            if self._recipe.has_row_feedback and self._model.family.value in sites[0].linears:
+            if self._recipe.rows.is_at(stage) and self._model.family.value in sites[0].linears:
                 sensitivity *= LEFT_BY_ROWS
             gram = self._grams[stage].mean()
             result[stage] = _facts(

@@ -54,7 +54,7 @@ class Sweep:
             for part in parts:
                 if not recipe.budget.is_fixed:
                     meter.add(part)
-                if recipe.has_row_feedback and part.site.stage in (recipe.rows.sites or (part.site.stage,)):
+                if recipe.rows.is_at(part.site.stage):
                     moments.add(part)
             if not recipe.budget.is_fixed:
                 facts.append(meter.facts(rotated(index), num_tokens))

@@ -117,10 +117,14 @@ class RowSpec:
     """
 
     parts: int = 1
-    sequences: int = 32
+    sequences: int = 16
     sites: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("parts", "sequences"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, need at least 1")
+
+    def is_at(self, site: str) -> bool:
+        """True where the rows of the site of this name in the family's table hear of each other."""
+        return self.parts > 1 and site in (self.sites or (site,))
