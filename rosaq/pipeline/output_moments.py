@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -29,8 +31,7 @@ class OutputMoments:
     def add(self, found: SiteGradients) -> None:
         """More tokens of one of the sites."""
         slopes = {name: slope.to(self._held) for name, slope in found.slopes.items()}
-        part = SiteGradients(found.index, found.site, found.x.to(self._held), slopes)
-        self._parts.setdefault(found.site.name, []).append(part)
+        self._parts.setdefault(found.site.name, []).append(replace(found, x=found.x.to(self._held), slopes=slopes))
 
     def moments(self) -> Tensors:
         """{linear: H [n, n] float32}, of all tokens added, which are let go; without the linears of an expert that no
