@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # since 2 a zero point may be a multiple of 1/2 (rosaq.layout)
 QUANT_METHOD = "rosaq"
 SUPPORTED_BITS = (3, 4)
 

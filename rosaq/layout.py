@@ -9,7 +9,7 @@ i % 32 of word i // 32. 32 codes fill exactly `bits` words, so k must be a multi
     word 2   [c31] [c30] ... [c22] [c21: 2 high bits]
 
 W = (codes - zero) * scale, one scale and zero per row and group of k / g channels; without zeros the zero is
-2**(bits-1).
+2**(bits-1). A byte of `zeros` is a whole number in bits 0-6, and its bit 7 is one half: 3 is 3, 131 is 3.5.
 """
 
 from __future__ import annotations
@@ -60,6 +60,20 @@ def _unpack(qweight: Tensor, bits: int) -> Tensor:
     return code_bits.sum(-1).to(torch.uint8)
 
 
+_HALF = 128  # bit 7 of a byte of `zeros`
+
+
+def zero_points(zeros: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The zero points that bytes of `zeros` stand for: uint8 of any shape -> `dtype`, multiples of 1/2, exact."""
+    return (zeros % _HALF).to(dtype) + (zeros >= _HALF).to(dtype) / 2
+
+
+def zero_bytes(zero: Tensor) -> Tensor:
+    """Zero points (float, multiples of 1/2 in [0, 127.5]) of any shape -> uint8; inverse of `zero_points`."""
+    whole = zero.floor()
+    return (whole + _HALF * (zero - whole).ceil()).to(torch.uint8)
+
+
 def dequantize(
     qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -75,8 +89,8 @@ def dequantize(
     if zeros is not None and zeros.shape != scales.shape:
         raise ValueError(f"zeros: got shape {tuple(zeros.shape)}, need {tuple(scales.shape)} as scales")
     group_size = k // scales.size(1)
-    zero = torch.full_like(scales, 2 ** (bits - 1)) if zeros is None else zeros
-    per_column = [t.to(dtype).repeat_interleave(group_size, dim=1) for t in (zero, scales)]
+    zero = torch.full_like(scales, 2 ** (bits - 1), dtype=dtype) if zeros is None else zero_points(zeros, dtype)
+    per_column = [t.repeat_interleave(group_size, dim=1) for t in (zero, scales.to(dtype))]
     return (codes.to(dtype) - per_column[0]) * per_column[1]
 
 

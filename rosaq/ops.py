@@ -69,8 +69,9 @@ def prepack(qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) ->
     """Disk layout -> the opaque blob that `fused_gemm` reads.
 
     qweight int32 [n, k*bits/32], scales float16 or bfloat16 [n, g], zeros uint8 [n, g] (None: symmetric, codes stored
-    offset by 2**(bits-1)), bits 3 or 4. n a multiple of 8, k of 32, k / g of 32. Returns uint8, 1-D; `unprepack` is
-    its exact inverse. RuntimeError for any other shape, dtype or device.
+    offset by 2**(bits-1)), bits 3 or 4. A zero point is bits 0-6 of its byte, and bit 7 is one half. n a multiple of 8,
+    k of 32, k / g of 32. Returns uint8, 1-D; `unprepack` is its exact inverse. RuntimeError for any other shape, dtype
+    or device.
     """
     return torch.ops.rosaq.prepack.default(qweight, scales, zeros, bits)  # type: ignore[no-any-return]
 

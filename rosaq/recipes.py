@@ -32,7 +32,7 @@ RECIPES: dict[str, Recipe] = {
     # What the scales of groups would take goes into the fourth bit of those codes that gain most by it
     "rosaq-gptq": Recipe(
         "rosaq-gptq",
-        replace(_GPTQ, group_size=-1, refine=3),
+        replace(_GPTQ, group_size=-1, half_zeros=True, refine=3),
         RotationSpec("pca-random", "random", "hadamard"),
         SalientSpec(AUTO, sites=("residual",)),
         ImportanceSpec("attention", 0.01),

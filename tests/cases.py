@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from rosaq import ops, reference
 from rosaq.config import LinearFormat
-from rosaq.layout import dequantize
+from rosaq.layout import dequantize, zero_bytes
 
 # Every option of fused_gemm. k = 384 divides by all group sizes and rotation sizes below.
 OPTIONS: dict[str, list[Any]] = {
@@ -141,7 +141,7 @@ def make_linear(
     groups = 1 if group_size == -1 else k // group_size
     codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
     scales = ((torch.rand(n, groups) + 0.5) / (2**bits * k**0.5)).to(getattr(torch, scale_dtype))
-    zeros = None if symmetric else torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8)
+    zeros = None if symmetric else zero_bytes(torch.randint(0, 2 ** (bits + 1) - 1, (n, groups)) / 2)
     if symmetric:  # their scales have a sign, which puts the extra level above or below zero
         scales = scales * (torch.randint(0, 2, (n, groups)) * 2 - 1)
     names = ("salient_weight", "salient_index", "salient_basis", "rotation", "bias")

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from rosaq.checkpoint import write_shards
 from rosaq.config import CheckpointConfig, LinearFormat
-from rosaq.layout import pack
+from rosaq.layout import pack, zero_bytes
 from rosaq.specs import CalibrationSpec
 
 VOCAB_SIZE = 264
@@ -88,7 +88,8 @@ def save_dense(directory: Path, model: torch.nn.Module | None = None) -> Path:
 
 
 def random_linear(fmt: LinearFormat, n: int, k: int, seed: int, *, bias: bool = False) -> dict[str, torch.Tensor]:
-    """Disk-layout tensors of a random [n, k] linear whose effective weight has the size of a trained one."""
+    """Disk-layout tensors of a random [n, k] linear whose effective weight has the size of a trained one. The zero
+    points of every other row lie between two codes."""
     generator = torch.Generator().manual_seed(seed)
     groups, r, mid = fmt.groups_of(k), fmt.num_salient, 2 ** (fmt.bits - 1)
     codes = torch.randint(0, 2**fmt.bits, (n, k), generator=generator, dtype=torch.uint8)
@@ -97,7 +98,7 @@ def random_linear(fmt: LinearFormat, n: int, k: int, seed: int, *, bias: bool = 
     tensors = {
         "qweight": pack(codes, fmt.bits),
         "scales": ((0.5 + torch.rand(n, groups, generator=generator)) / mid / k**0.5).half(),
-        "zeros": torch.full((n, groups), mid, dtype=torch.uint8),
+        "zeros": zero_bytes((mid - torch.arange(n) % 2 / 2)[:, None].expand(n, groups)),
         "salient_weight": (torch.randn(n, r, generator=generator) / k**0.5).half(),
         "salient_index": index.to(torch.int32),
         "salient_basis": torch.linalg.qr(torch.randn(k, max(r, 1), generator=generator))[0].half(),

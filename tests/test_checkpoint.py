@@ -208,7 +208,7 @@ def test_config_reads_back(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 99}, "version: got 99, this rosaq reads 1 to 1"),
+        ({"version": 99}, "version: got 99, this rosaq reads 1 to 2"),
         ({"quant_method": "gptq"}, "quant_method: got 'gptq', need 'rosaq'"),
         ({"colour": 1}, r"unknown keys \['colour'\]"),
         ({"bits": 5}, "bits: got 5"),

@@ -69,7 +69,15 @@ def test_dequantize_is_code_minus_zero_times_scale() -> None:
     scales, zeros = torch.tensor([[0.5, 2.0]]), torch.tensor([[3, 7]], dtype=torch.uint8)
     qweight = layout.pack(codes, 3)
     assert layout.dequantize(qweight, scales, zeros, 3)[0, [0, 1, 32, 39]].tolist() == [-1.5, -1.0, -14.0, 0.0]
+    halves = torch.tensor([[128 + 3, 128 + 6]], dtype=torch.uint8)  # 3.5 and 6.5
+    assert layout.dequantize(qweight, scales, halves, 3)[0, [0, 1, 32, 39]].tolist() == [-1.75, -1.25, -13.0, 1.0]
     assert layout.dequantize(qweight, scales, None, 3)[0, [0, 4, 32]].tolist() == [-2.0, 0.0, -8.0]
+
+
+def test_every_byte_is_a_zero_point_of_its_own():
+    every = torch.arange(256, dtype=torch.uint8)
+    assert sorted(layout.zero_points(every).tolist()) == [half / 2 for half in range(256)]
+    assert torch.equal(layout.zero_bytes(layout.zero_points(every)), every)
 
 
 @pytest.mark.parametrize(

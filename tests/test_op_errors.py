@@ -42,7 +42,7 @@ GEMM_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"packed": blob().repeat_interleave(2)[::2]}, "packed: .*not contiguous"),
     ({"packed": blob()[:-64]}, "packed: got 640 bytes, need 704 for n 16, k 64, 4 bits"),
     ({"packed": torch.cat([blob(), blob()])}, "packed: got 1408 bytes, need 704"),
-    ({"packed": changed(8, 99)}, "packed: got layout version 99, need 1 .*prepack the weight again"),
+    ({"packed": changed(8, 99)}, "packed: got layout version 99, need 2 .*prepack the weight again"),
     ({"packed": changed(12, 7)}, r"packed: got a damaged header \(bits 7"),
     ({"packed": changed(24, 0)}, r"packed: got a damaged header \(.*n 0"),
     ({"out_features": 24}, "out_features: got 24, need 16 as packed"),

@@ -265,13 +265,13 @@ def test_many_bfloat16_tokens_give_the_bits_of_each_alone(isa: str, restore_isa:
 
 
 def test_many_bfloat16_tokens_with_extreme_zero_points_are_exact(isa: str) -> None:  # noqa: ARG001
-    """code - zero down to -255 times 15 bits of 128 channels: the largest sum that 32 bits must hold."""
+    """2 code - 2 zero down to -255 times 15 bits of 128 channels: the largest sum that 32 bits must hold."""
     linear, x = make_linear(16, 128, 4, 128, symmetric=False), torch.zeros(64, 128, dtype=torch.bfloat16)
     linear.qweight.zero_()
     linear.zeros.fill_(255)
     linear.scales.fill_(0.5)
     x[:] = 127.5  # 127.5 * 256 is the largest integer of two digits that 8 bits of mantissa give
-    assert torch.equal(linear.run(x), torch.full((64, 16), -255 * 0.5 * 127.5 * 128, dtype=torch.bfloat16))
+    assert torch.equal(linear.run(x), torch.full((64, 16), -127.5 * 0.5 * 127.5 * 128, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("x_dtype", ["float16", "bfloat16"])

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import rosaq
 from rosaq.calibrate import BlockModel
 from rosaq.checkpoint import read_config
+from rosaq.layout import unpack, zero_points
 from rosaq.linear import RosaqLinear
 from rosaq.pipeline import quantize
 from rosaq.pipeline.probe import TOLERANCE
@@ -82,12 +83,13 @@ def test_rotations_are_where_the_recipe_says(made):
     assert modules[block + "input_layernorm"].weight.unique().tolist() == [1.0]
 
 
-def test_codes_of_salient_columns_dequantise_to_zero(made):
-    _, model = logits(made["rosaq-gptq"][0])
-    linear = model.model.layers[0].self_attn.q_proj
-    clone = RosaqLinear.from_tensors(linear.state_dict(), linear.format)
-    clone.salient_weight.data.zero_()
-    assert torch.equal(clone.dequantize()[:, :4], torch.zeros(linear.out_features, 4))
+def test_codes_of_salient_columns_are_the_zero_point_or_half_a_step_below(made):
+    tensors = load_file(made["rosaq-gptq"][0] / "model.safetensors")
+    prefix = "model.layers.0.self_attn.q_proj."
+    zero = zero_points(tensors[prefix + "zeros"])
+    kept = unpack(tensors[prefix + "qweight"], 3)[:, :4].float()
+    assert torch.equal(kept, zero.floor()[:, :1].expand_as(kept))
+    assert set((zero % 1).unique().tolist()) == {0.0, 0.5}
 
 
 def test_the_layer_report_is_the_error_of_the_stored_weights(made):

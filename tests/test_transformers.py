@@ -269,7 +269,7 @@ def test_index_may_not_leave_the_directory(salient_checkpoint):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "version: got 2"),
+        ({"version": 3}, "version: got 3"),
         ({"bits": 5}, "bits: got 5"),
         ({"colour": 1}, "unknown keys"),
         ({"bits": 4}, "got codes of 3 bits, need 4 by config.json"),

@@ -74,8 +74,8 @@ def test_progress_and_json(checkpoint):
             "numbers",
             "salient_index: got 1 different channels from 3 to 3, need 4",
         ),
-        (lambda t: t[f"{Q_PROJ}.zeros"].add_(1), "numbers", "got 4 salient columns whose codes are not 0"),
-        (lambda t: t[f"{DOWN}.zeros"].fill_(16), "numbers", "down_proj.zeros: got 16, need at most 15"),
+        (lambda t: t[f"{Q_PROJ}.zeros"].add_(1), "numbers", "got 4 salient columns whose codes are not the zero point"),
+        (lambda t: t[f"{DOWN}.zeros"].fill_(16), "numbers", "down_proj.zeros: got a zero point of 16, need at most 15"),
         (lambda t: t[f"{DOWN}.rotation"].mul_(1.1), "numbers", "rotation: got R Rᵀ off the identity by 0.21"),
         (lambda t: t["model.norm.weight"].fill_(torch.inf), "numbers", "model.norm.weight: got NaN or Inf"),
         (lambda t: t.pop("model.norm.weight"), "model", "model.norm.weight: got no such tensor, need it"),
@@ -98,7 +98,7 @@ def test_damaged_tensors_fail(checkpoint, change, check, detail):
 @pytest.mark.parametrize(
     ("change", "check", "detail"),
     [
-        (lambda v: v["quantization_config"].update(version=2), "config", "version: got 2"),
+        (lambda v: v["quantization_config"].update(version=3), "config", "version: got 3"),
         (lambda v: v["quantization_config"].update(bits=4), "tensors", "got codes of 3 bits, need 4 by config.json"),
         (
             lambda v: v["quantization_config"].update(tp_sizes=[1, 2, 4]),

@@ -1,7 +1,9 @@
 // The packed weight layout, bit by bit. Packer and kernels both take their index maps from here.
 //
 //   blob   = header (64 bytes) | panel 0 | panel 1 | ...             every part starts on a 64-byte line
-//   panel  = 16 rows of W:  scales [groups][16] 16-bit | zeros [groups][16] uint8 (asymmetric only) | codes
+//   panel  = 16 rows of W:  scales [groups][16] 16-bit | zeros [groups][16] uint8, in halves (asymmetric
+//   only) |
+//            codes
 //   codes  = for every block of 32 k:  `bits` lines of 16 uint32, word i of lane l belongs to row 16 * panel
 //   + l
 //
@@ -29,10 +31,20 @@ constexpr int kQuadK = 4;
 constexpr int kQuads = kBlockK / kQuadK;
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kHeaderBytes = 64;
-constexpr uint32_t kLayoutVersion = 1;
+constexpr uint32_t kLayoutVersion = 2;
 constexpr char kMagic[8] = {'R', 'O', 'S', 'A', 'Q', 'p', 'k', '\n'};
 
 static_assert(kPanelRows * 4 == kLineBytes, "a line is one uint32 per row of the panel");
+
+// A zero point on disk is a byte: a whole number in bits 0-6, and bit 7 is one half. Packed it is the number
+// of halves, the same byte turned by one bit.
+static constexpr uint8_t twice_zero_of_disk(uint8_t zero) {
+    return static_cast<uint8_t>(zero << 1 | zero >> 7);
+}
+
+static constexpr uint8_t disk_of_twice_zero(uint8_t twice) {
+    return static_cast<uint8_t>(twice >> 1 | twice << 7);
+}
 
 // Where one quad of a block is: ((word[low_word] >> low_shift) & low_mask) | ((word[2] >> high_shift) &
 // high_mask), per byte.

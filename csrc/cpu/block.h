@@ -13,8 +13,9 @@ namespace {
 
 constexpr int64_t kBlockRows = 168;  // tokens per pass: a multiple of 14 and 6; their sums (21 KB) stay in L2
 
-// One 4-k quad of kLanes rows as four float vectors (code - zero) * scale. zero * scale has at most 19 bits
-// and the difference is representable, so code * scale - zero * scale is exact too.
+// One 4-k quad of kLanes rows as four float vectors (code - zero) * scale. zero * scale has at most 19 bits,
+// zero points being eight bits in halves, and the difference is representable, so code * scale - zero * scale
+// is exact too.
 template <class S, int kBits, int kQuad>
 __attribute__((always_inline)) inline void dequantise_quad(const BlockWords<S, kBits>& words,
                                                            typename S::F scale,
@@ -35,9 +36,8 @@ void dequantise(const PackedWeight& w, int64_t panel_idx, int sub, int64_t k0, i
     for (int64_t k = k0; k < k0 + depth; k += kBlockK, out += kBlockK * kTileCols<S>) {
         const int64_t at = k / w.group_size * kPanelRows + sub * S::kLanes;
         const auto scale = S::load_any(panel.scales + at * 2, w.scale_dtype);
-        const auto zero =
-            w.symmetric ? S::set_f(float(1 << (kBits - 1))) : S::from_int(S::load_u8(panel.zeros + at));
-        const auto shift = S::mul_f(S::mul_f(zero, S::set_f(-1.0f)), scale);
+        const auto twice_zero = S::from_int(panel.template twice_zero<S>(at));
+        const auto shift = S::mul_f(S::mul_f(twice_zero, S::set_f(-0.5f)), scale);
         const BlockWords<S, kBits> words(panel.codes + k / kBlockK * kBits * kLineBytes, sub);
         dequantise_quad<S, kBits, 0>(words, scale, shift, out);
         dequantise_quad<S, kBits, 1>(words, scale, shift, out);

@@ -120,12 +120,8 @@ struct Steps {
 
     void stream(MainLoop& p, char* base, const Workspace& at) const {
         const PackedWeight& w = args.weight;
-        p.digits = {digits,
-                    kernels.tile_rows[digits - 1],
-                    reinterpret_cast<int8_t*>(base + at.integers),
-                    reinterpret_cast<int32_t*>(base + at.offsets),
-                    reinterpret_cast<float*>(base + at.units),
-                    w.symmetric ? 1 << (w.bits - 1) : 1};
+        p.digits = {digits, kernels.tile_rows[digits - 1], reinterpret_cast<int8_t*>(base + at.integers),
+                    reinterpret_cast<int32_t*>(base + at.offsets), reinterpret_cast<float*>(base + at.units)};
         parallel(padded_tokens(args.m, p.digits.tile_rows), grain(w.k), [&](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row) kernels.make_digits(p, row);
         });

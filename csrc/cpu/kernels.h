@@ -21,20 +21,18 @@ static constexpr int64_t chunk_k(int64_t group_size) {
 
 constexpr int kMaxDigits = 4;
 
-// t as fixed point: per row and chunk c,  t = units[c] * sum_p digits[p] * 256^(num_digits-1-p).
+// t as fixed point: per row and chunk c,  t = 2 units[c] * sum_p digits[p] * 256^(num_digits-1-p).
 // Tokens lie in tiles of tile_rows, the last one as tile_size has it, so that the kernel reads one sequential
 // stream with distances known at compile time. Tokens past m are zeros.
 struct Digits {
-    int num_digits = 0;        // signed bytes per activation, 1 to 4
-    int64_t tile_rows = 0;     // tokens per tile
-    int8_t* planes = nullptr;  // per tile [k / 32, tokens, num_digits, 32]
-    int32_t* offsets =
-        nullptr;             // per tile [k / chunk, tokens, parts]: -fixed_zero * sum of the chunk's integers
+    int num_digits = 0;          // signed bytes per activation, 1 to 4
+    int64_t tile_rows = 0;       // tokens per tile
+    int8_t* planes = nullptr;    // per tile [k / 32, tokens, num_digits, 32]
+    int32_t* offsets = nullptr;  // per tile [k / chunk, tokens, parts]: minus the sum of the chunk's integers
     float* units = nullptr;  // per tile [k / chunk, tokens]; 0 for a chunk of zeros, NaN if one is not finite
-    int32_t fixed_zero = 1;  // the zero point if all groups share it, else 1
 };
 
-// t as 16-bit integers: per row and chunk c,  t = units[c] * value. Tiles as in Digits, chunks outermost.
+// t as 16-bit integers: per row and chunk c,  t = 2 units[c] * value. Tiles as in Digits, chunks outermost.
 struct Words {
     int64_t tokens = 0;         // with those that fill the last tile up
     int64_t tile_rows = 0;      // tokens per tile

@@ -87,7 +87,8 @@ void prepack_panels(const DiskWeight& disk, const PackedWeight& w, uint8_t* pane
             for (int64_t g = 0; g < groups; ++g) {
                 std::memcpy(panel + (g * kPanelRows + lane) * 2, disk.scales + row * groups + g, 2);
                 if (!w.symmetric)
-                    panel[w.layout.zeros_offset + g * kPanelRows + lane] = disk.zeros[row * groups + g];
+                    panel[w.layout.zeros_offset + g * kPanelRows + lane] =
+                        twice_zero_of_disk(disk.zeros[row * groups + g]);
             }
             const uint32_t* words = disk.qweight + row * row_words;
             uint8_t* codes = panel + w.layout.codes_offset;
@@ -106,7 +107,8 @@ void unprepack_panels(const PackedWeight& w, const MutableDiskWeight& disk, int6
             for (int64_t g = 0; g < groups; ++g) {
                 std::memcpy(disk.scales + row * groups + g, panel + (g * kPanelRows + lane) * 2, 2);
                 if (!w.symmetric)
-                    disk.zeros[row * groups + g] = panel[w.layout.zeros_offset + g * kPanelRows + lane];
+                    disk.zeros[row * groups + g] =
+                        disk_of_twice_zero(panel[w.layout.zeros_offset + g * kPanelRows + lane]);
             }
             uint32_t* words = disk.qweight + row * row_words;
             const uint8_t* codes = panel + w.layout.codes_offset;

@@ -18,7 +18,8 @@ void to_float(const Buffer& x, int64_t row, int64_t k, float* t_row) {
 // range.
 constexpr int32_t kSmallestExponent = 127 - 90;
 
-// What one chunk's activations are multiplied with to become integers, and what an integer is worth.
+// What one chunk's activations are multiplied with to become integers, and what half an integer is worth: the
+// main loops multiply them with twice the weights.
 struct Fixed {
     float scale, unit;
 };
@@ -30,12 +31,12 @@ struct Fixed {
 template <int kDigits>
 __attribute__((always_inline)) inline Fixed fixed_point(int32_t largest) {
     const float magnitude = float_from_bits(static_cast<uint32_t>(largest));
-    if constexpr (kDigits == 1) return {127.0f / magnitude, magnitude / 127.0f};
+    if constexpr (kDigits == 1) return {127.0f / magnitude, magnitude / 254.0f};
     const int32_t biased = largest >> 23;  // magnitude < 2^(biased - 126)
     const bool fits = kDigits == 2 && (largest & 0x7fffff) < 0x7eff00;
     const int32_t bits = fits ? 15 : 8 * kDigits - 2;
     return {float_from_bits(static_cast<uint32_t>(bits + 253 - biased) << 23),
-            float_from_bits(static_cast<uint32_t>(biased + 1 - bits) << 23)};
+            float_from_bits(static_cast<uint32_t>(biased - bits) << 23)};
 }
 
 // Where the digits of one row and chunk go: 32 channels of a digit together, blocks block_bytes apart.
@@ -63,7 +64,7 @@ __attribute__((always_inline)) inline Fixed fixed_of_chunk(const float* t, int64
 
 // One chunk as integers cut into balanced digits (-128..127).
 template <class S, int kDigits>
-void chunk_digits(const float* t, int64_t chunk, int32_t fixed_zero, const DigitRow& out) {
+void chunk_digits(const float* t, int64_t chunk, const DigitRow& out) {
     using I = typename S::I;
     const Fixed fixed = fixed_of_chunk<S, kDigits>(t, chunk);
     const bool skip = fixed.scale == 0.0f;  // an infinity times 0 is no integer
@@ -81,13 +82,13 @@ void chunk_digits(const float* t, int64_t chunk, int32_t fixed_zero, const Digit
             if (d > 0) value = S::template sar<8>(S::sub_i(value, digit));
         }
     }
-    // Two digits of 128 channels are below 2^22, times a zero point of 8 bits below 2^30.
+    // Two digits of 128 channels are below 2^22, times twice a zero point, of 8 bits, below 2^30.
     int32_t part = 0;
     for (int d = 0; d < kDigits; ++d) {
         part = part * 256 + S::sum_i(sum[d]);
         const bool ends = d == kDigits - 1 || d == kDigits - 3;
         if (!ends) continue;
-        *(d == kDigits - 1 ? out.offsets + digit_parts(kDigits) - 1 : out.offsets) = -fixed_zero * part;
+        *(d == kDigits - 1 ? out.offsets + digit_parts(kDigits) - 1 : out.offsets) = -part;
         part = 0;
     }
 }
@@ -113,7 +114,7 @@ void digit_row(const MainLoop& p, int64_t row) {
             p.digits.planes + row0 * w.k * kDigits + (c * blocks * rows + in_tile) * token_bytes,
             rows * token_bytes, p.digits.offsets + at * parts, p.digits.units + at};
         if (row < p.args->m)
-            chunk_digits<S, kDigits>(p.t + row * p.ldt + c * chunk, chunk, p.digits.fixed_zero, out);
+            chunk_digits<S, kDigits>(p.t + row * p.ldt + c * chunk, chunk, out);
         else
             zero_digits(chunk, token_bytes, parts, out);
     }

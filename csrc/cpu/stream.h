@@ -1,5 +1,5 @@
-// The main loop over 8-bit digits: y[m,n] = sum over chunks of scale * unit * sum_k (code - zero) * integer,
-// the inner sum in exact integers.
+// The main loop over 8-bit digits: y[m,n] = sum over chunks of scale * unit * sum_k (2 code - 2 zero) *
+// integer, the inner sum in exact integers: zero points may be halves, so an integer is worth two units.
 //
 // Why integers: a u8 x i8 dot does 4 multiplies per lane where float32 does one and bfloat16 two, codes need
 // no conversion, and two (bfloat16 x), three (float16) or four (float32) digits carry the activations
@@ -40,20 +40,10 @@ struct StreamTile {
     using Sums = I[kSets][kRows][kDigits];
     Sums acc;
 
-    // Start at -zero * (sum of integers), so that what follows adds up (code - zero) * integer.
-    __attribute__((always_inline)) void start(const MainLoop& p, const PanelView& panel,
-                                              const int32_t* offsets, int64_t group, int sub) {
+    __attribute__((always_inline)) void start() {
         for (int set = 0; set < kSets; ++set)
             for (int m = 0; m < kRows; ++m)
                 for (int d = 0; d < kDigits; ++d) acc[set][m][d] = S::zero_i();
-        const bool shared = p.args->weight.symmetric;
-        const I zero = shared ? S::zero_i() : S::load_u8(panel.zeros + group * kPanelRows + sub * S::kLanes);
-        for (int m = 0; m < kRows; ++m)
-            for (int part = 0; part < kParts; ++part) {
-                const I offset = S::set_i(offsets[m * kParts + part]);
-                I& last = acc[0][m][kParts == 2 && part == 0 ? kDigits - 3 : kDigits - 1];
-                last = shared ? offset : S::mul_i(zero, offset);
-            }
     }
 
     template <int kQuad>
@@ -98,17 +88,24 @@ struct StreamTile {
         return sum;
     }
 
-    // The chunk's sum as a float: digits pair up in int32 exactly, each part rounds once.
-    __attribute__((always_inline)) F total(int m) const {
+    // The chunk's sum of (2 code - twice_zero) * integer as a float: digits pair up in int32 exactly, each
+    // part rounds once. offsets: minus the sums of the token's integers.
+    __attribute__((always_inline)) F total(int m, I twice_zero, const int32_t* offsets) const {
         I low = digit_sum(m, kDigits - 1);
         if constexpr (kDigits >= 2) low = S::add_i(S::template shl<8>(digit_sum(m, kDigits - 2)), low);
+        low = less_zero(low, twice_zero, offsets[m * kParts + kParts - 1]);
         if constexpr (kDigits <= 2) {
             return S::from_int(low);
         } else {
             I high = digit_sum(m, kDigits - 3);
             if constexpr (kDigits == 4) high = S::add_i(S::template shl<8>(digit_sum(m, 0)), high);
+            high = less_zero(high, twice_zero, offsets[m * kParts]);
             return S::mul_add(S::from_int(high), S::set_f(65536.0f), S::from_int(low));
         }
+    }
+
+    __attribute__((always_inline)) static I less_zero(I sum, I twice_zero, int32_t offset) {
+        return S::add_i(S::template shl<1>(sum), S::mul_i(twice_zero, S::set_i(offset)));
     }
 };
 
@@ -139,7 +136,7 @@ void stream_panel(const MainLoop& p, int64_t panel_idx, int64_t row0) {
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
         for (int sub = 0; sub < Tile::kSubs; ++sub) {
             Tile tile;
-            tile.start(p, panel, offsets, group, sub);
+            tile.start();
             for (int64_t b = 0; b < blocks; ++b) {
                 const uint8_t* block = codes + b * kBits * kLineBytes;
                 if (sub == 0)
@@ -147,10 +144,13 @@ void stream_panel(const MainLoop& p, int64_t panel_idx, int64_t row0) {
                         __builtin_prefetch(block + kPrefetchBytes + i * kLineBytes, 0, 2);
                 tile.block(block, sub, digits + b * Tile::kBlockBytes);
             }
-            const F scale =
-                S::load_any(panel.scales + (group * kPanelRows + sub * S::kLanes) * 2, w.scale_dtype);
-            for (int m = 0; m < kRows; ++m)
-                y[m][sub] = S::mul_add(S::mul_f(tile.total(m), scale), S::set_f(units[m]), y[m][sub]);
+            const int64_t at = group * kPanelRows + sub * S::kLanes;
+            const F scale = S::load_any(panel.scales + at * 2, w.scale_dtype);
+            const auto twice_zero = panel.template twice_zero<S>(at);
+            for (int m = 0; m < kRows; ++m) {
+                const F total = tile.total(m, twice_zero, offsets);
+                y[m][sub] = S::mul_add(S::mul_f(total, scale), S::set_f(units[m]), y[m][sub]);
+            }
         }
         codes += blocks * kBits * kLineBytes;
         digits += blocks * Tile::kBlockBytes;

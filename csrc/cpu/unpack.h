@@ -35,11 +35,19 @@ struct BlockWords {
 // One panel's three streams.
 struct PanelView {
     const uint8_t *scales, *zeros, *codes;
+    int32_t common_zero;  // twice the zero point of a symmetric weight; 0 where zeros has them
 
     __attribute__((always_inline)) PanelView(const PackedWeight& w, int64_t panel) {
         scales = w.panels + panel * w.layout.panel_bytes;
         zeros = scales + w.layout.zeros_offset;
         codes = scales + w.layout.codes_offset;
+        common_zero = w.symmetric ? 1 << w.bits : 0;
+    }
+
+    // Of the kLanes rows from `at` on, which counts groups and rows.
+    template <class S>
+    __attribute__((always_inline)) typename S::I twice_zero(int64_t at) const {
+        return common_zero != 0 ? S::set_i(common_zero) : S::load_u8(zeros + at);
     }
 };
 

@@ -1,5 +1,5 @@
-// Many tokens of bfloat16 x: codes - zero and activations as 16-bit integers, the sums of a chunk exact in 32
-// bits and the same bits as those of the digits (stream.h).
+// Many tokens of bfloat16 x: 2 codes - 2 zero and activations as 16-bit integers, the sums of a chunk exact
+// in 32 bits and the same bits as those of the digits (stream.h).
 //
 // A pair product does 2 multiplies per lane where a byte dot of two digits needs two instructions for 4: the
 // same number. What is saved is everything around them: codes are unpacked once for kWordTokens instead of
@@ -14,18 +14,19 @@
 namespace rosaq::cpu {
 namespace {
 
-// out[16, kTileCols] columns [0, kLanes) = code - zero of one block, words of two neighbouring k per lane.
+// out[16, kTileCols] columns [0, kLanes) = 2 code - twice_zero of one block, words of two neighbouring k per
+// lane.
 template <class S, int kBits, int kQuad>
-__attribute__((always_inline)) inline void unpack_words(const BlockWords<S, kBits>& words, typename S::I zero,
-                                                        int32_t* out) {
-    const auto codes = words.template quad<kQuad>();
+__attribute__((always_inline)) inline void unpack_words(const BlockWords<S, kBits>& words,
+                                                        typename S::I twice_zero, int32_t* out) {
+    const auto codes = S::template shl<1>(words.template quad<kQuad>());  // four bytes, far below 256
     const auto low = S::set_i(0xff), high = S::set_i(0xff0000);
     const auto first = S::or_i(S::and_i(codes, low), S::and_i(S::template shl<8>(codes), high));
     const auto upper = S::template shr<8>(codes);
     const auto second = S::or_i(S::and_i(S::template shr<8>(upper), low), S::and_i(upper, high));
     int32_t* row = out + kQuad * 2 * kTileCols<S>;
-    S::store_i(row, S::sub_words(first, zero));
-    S::store_i(row + kTileCols<S>, S::sub_words(second, zero));
+    S::store_i(row, S::sub_words(first, twice_zero));
+    S::store_i(row + kTileCols<S>, S::sub_words(second, twice_zero));
 }
 
 // The chunk of `blocks` blocks from k0 on, for the kLanes rows at `sub` of a panel.
@@ -33,7 +34,7 @@ template <class S, int kBits>
 void unpack_chunk(const PackedWeight& w, const PanelView& panel, int sub, int64_t k0, int64_t blocks,
                   int32_t* out) {
     const int64_t at = k0 / w.group_size * kPanelRows + sub * S::kLanes;
-    const auto zero = w.symmetric ? S::set_i(1 << (kBits - 1)) : S::load_u8(panel.zeros + at);
+    const auto zero = panel.template twice_zero<S>(at);
     const auto zeros = S::or_i(zero, S::template shl<16>(zero));
     for (int64_t b = 0; b < blocks; ++b, out += kBlockK / 2 * kTileCols<S>) {
         const BlockWords<S, kBits> words(panel.codes + (k0 / kBlockK + b) * kBits * kLineBytes, sub);

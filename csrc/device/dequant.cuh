@@ -108,7 +108,13 @@ ROSAQ_DEVICE void decode(const uint32_t (&words)[4 * kBits], uint32_t (&a)[2][2]
     }
 }
 
-// Shifts exact integers by the zero point: a - (zero - 2^(bits - 1)), still exact.
+// zero - 2^(bits - 1), how far the zero point lies above the middle code; twice: the byte of the blob.
+template <int kBits>
+ROSAQ_DEVICE float zero_shift(uint32_t twice) {
+    return 0.5f * static_cast<float>(static_cast<int>(twice) - (1 << kBits));
+}
+
+// Takes the shift in both halves of `zero` off what `decode` gives: code - zero, still exact.
 template <class T>
 ROSAQ_DEVICE uint32_t minus_zero(uint32_t a, typename Number<T>::Pair zero) {
     return bits_as<uint32_t>(__hsub2(bits_as<typename Number<T>::Pair>(a), zero));

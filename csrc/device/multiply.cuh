@@ -62,14 +62,13 @@ ROSAQ_DEVICE void subtract_zeros(const GemmParams& p, uint32_t (&a)[2][2][4], co
     using T = typename Tile::T;
     // A symmetric blob has none: subtracting what is no shift costs less than a branch in the middle of the
     // multiplies.
-    constexpr uint32_t kNoShift = 0x01010101u << (Tile::kBits - 1);
+    constexpr uint32_t kNoShift = 0x01010101u << Tile::kBits;
     uint32_t four = kNoShift;
     if (p.zeros != nullptr)
         four = *reinterpret_cast<const uint32_t*>(zeros + group * kRecordRows + at.gid * 4);
 #pragma unroll
     for (int row = 0; row < 4; ++row) {
-        const int zero = static_cast<int>(four >> (8 * row) & 0xffu) - (1 << (Tile::kBits - 1));
-        const auto pair = Number<T>::both(static_cast<float>(zero));
+        const auto pair = Number<T>::both(zero_shift<Tile::kBits>(four >> (8 * row) & 0xffu));
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
             a[row / 2][step][row % 2] = minus_zero<T>(a[row / 2][step][row % 2], pair);

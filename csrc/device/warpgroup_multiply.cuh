@@ -133,7 +133,7 @@ class Multiplier {
         }
     }
 
-    // Registers a of four steps, exact integers less their zero points.
+    // Registers a of four steps: codes less their zero points, exact.
     template <int kHalf>
     ROSAQ_DEVICE void decode_half(const unsigned char* weights, uint32_t (&a)[kSteps][4]) {
         if constexpr (Tile::kBits == 4) {
@@ -159,8 +159,7 @@ class Multiplier {
                 weights + Tile::kCodeBytes + Tile::kScaleBytes + group * kSlabRows + at_.row_in_slab());
 #pragma unroll
             for (int row = 0; row < 2; ++row) {
-                const int zero = static_cast<int>(two >> (8 * row) & 0xffu) - (1 << (Tile::kBits - 1));
-                const auto pair = Number<T>::both(static_cast<float>(zero));
+                const auto pair = Number<T>::both(zero_shift<Tile::kBits>(two >> (8 * row) & 0xffu));
 #pragma unroll
                 for (int step = 2 * sub; step < 2 * sub + 2; ++step) {
                     a[step][row] = minus_zero<T>(a[step][row], pair);

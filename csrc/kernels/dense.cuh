@@ -24,7 +24,7 @@ ROSAQ_DEVICE void dequantize_rows(const uint8_t* blob, const BlobShape& shape, b
         const int64_t group = (row / kSlabRows * l.groups + padded) * kSlabRows + row % kSlabRows;
         const float scale =
             float_of_16(reinterpret_cast<const uint16_t*>(blob + l.scales_offset)[group], scale_is_bf16);
-        const int shift = shape.symmetric ? 0 : blob[l.zeros_offset + group] - (1 << (kBits - 1));
+        const float shift = shape.symmetric ? 0.0f : zero_shift<kBits>(blob[l.zeros_offset + group]);
         uint32_t out[4];
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {
@@ -33,7 +33,7 @@ ROSAQ_DEVICE void dequantize_rows(const uint8_t* blob, const BlobShape& shape, b
 #pragma unroll
             for (int high = 0; high < 2; ++high) {
                 const T code = bits_as<T>(static_cast<uint16_t>(codes >> (16 * high)));
-                w[high] = (Number<T>::to_float(code) - static_cast<float>(shift)) * scale;
+                w[high] = (Number<T>::to_float(code) - shift) * scale;
             }
             out[pair] = pair_of<T>(w[0], w[1]);
         }
@@ -67,9 +67,8 @@ __global__ void __launch_bounds__(kUnitThreads)
 // Rows of W that a block of add_salient_columns_kernel has.
 constexpr int kSalientRows = 32;
 
-// weight[:, index[j]] += sum of C[:, i] over all i of the same index, rounded once: where the codes of
-// salient columns are zero points, as they should be, the column is C. One thread a column of C and
-// kSalientRows rows (blockIdx.y); of columns with the same index the first adds them all.
+// weight[:, index[j]] += sum of C[:, i] over all i of the same index, in float32. One thread a column of C
+// and kSalientRows rows (blockIdx.y); of columns with the same index the first adds them all.
 template <class T>
 __global__ void __launch_bounds__(kUnitThreads)
     add_salient_columns_kernel(SalientColumns salient, T* weight) {

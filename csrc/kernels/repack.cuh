@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kUnitThreads)
     for (int w = 0; w < kBits; ++w) disk.qweight[(row * blocks + k / 32) * kBits + w] = codes[w];
 }
 
-// Scales and zeros [n, groups] <-> [slab][padded group][128 rows]; padding is 0. One thread an element of the
-// blob.
+// Scales and zeros [n, groups] <-> [slab][padded group][128 rows], zeros in halves; padding is 0. One thread
+// an element of the blob.
 template <bool kToBlob>
 __global__ void __launch_bounds__(kUnitThreads)
     repack_scales_kernel(DiskWeight disk, BlobShape shape, uint8_t* blob) {
@@ -87,10 +87,10 @@ __global__ void __launch_bounds__(kUnitThreads)
     uint8_t* zero = shape.symmetric ? nullptr : blob + l.zeros_offset + i;
     if constexpr (kToBlob) {
         scale = inside ? disk.scales[at] : uint16_t{0};
-        if (zero != nullptr) *zero = inside ? disk.zeros[at] : uint8_t{0};
+        if (zero != nullptr) *zero = inside ? twice_zero_of_disk(disk.zeros[at]) : uint8_t{0};
     } else if (inside) {
         disk.scales[at] = scale;
-        if (zero != nullptr) disk.zeros[at] = *zero;
+        if (zero != nullptr) disk.zeros[at] = disk_of_twice_zero(*zero);
     }
 }
 

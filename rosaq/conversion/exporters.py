@@ -34,13 +34,18 @@ def in_range(name: str, tensor: Tensor, dtype: torch.dtype, need: str = "dtype b
 def compressed(name: str, fmt: LinearFormat, tensors: Tensors, dtype: torch.dtype) -> Tensors:
     """weight_packed, weight_scale, weight_shape, weight_zero_point: the same codes, so nothing is rounded again.
 
-    ValueError for what the format has no place for: salient directions and online rotations.
+    ValueError for what the format has no place for: salient directions, online rotations, zero points between codes.
     """
     del dtype
     if fmt.num_salient or fmt.rotation_size:
         raise ValueError(
             f"{name}: got {fmt.num_salient} salient directions and an online rotation of size {fmt.rotation_size}, "
             "need none of both for compressed-tensors; convert to 'dense', or quantise with --recipe gptq"
+        )
+    if "zeros" in tensors and (between := int((tensors["zeros"] >= 2**fmt.bits).sum())):
+        raise ValueError(
+            f"{name}: got {between} zero points between two codes, need whole ones for compressed-tensors; convert to "
+            "'dense', or quantise with --recipe gptq"
         )
     n, k = tensors["qweight"].shape[0], tensors["qweight"].shape[1] * 32 // fmt.bits
     result = {

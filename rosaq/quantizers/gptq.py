@@ -129,7 +129,8 @@ def order_columns(gram: Tensor, spec: QuantSpec, group_size: int, salient: Tenso
 
 def gptq(w: Tensor, gram: Tensor, spec: QuantSpec, group_size: int, salient: Tensor) -> tuple[Tensor, Grid, Tensor]:
     """w [n, k] float32, gram [k, k] float64, salient bool [k] -> (codes [n, k], grid [n, k / group_size], salient
-    weights [n, r] float32, corrected). Codes of salient columns are the zero point: they dequantise to exactly 0."""
+    weights [n, r] float32, corrected: all that those columns hold). Codes of salient columns are the zero point, or
+    half a step below."""
     return round_columns(w, order_columns(gram, spec, group_size, salient), spec, group_size)
 
 
@@ -157,5 +158,5 @@ def round_columns(w: Tensor, given: Columns, spec: QuantSpec, group_size: int) -
             codes[bulk[own]], errors[here] = round_panel(columns[here], factor[own, own], step, spec.bits)
             columns[here.stop :].addmm_(factor[own, own.stop : panel.stop].T, errors[here], alpha=-1)
         work[:, panel.stop :].addmm_(errors.T, factor[panel.start : panel.stop, panel.stop :], alpha=-1)
-    codes[kept] = grid.zero[:, kept // group_size].T
+    codes[kept] = grid.zero[:, kept // group_size].T.floor()
     return codes.T.contiguous(), grid, work[:, len(bulk) :]

@@ -22,17 +22,24 @@ _SHRINK_TO = 0.4  # smallest share of the full range that the search tries
 
 class Grid(NamedTuple):
     """scale, zero: float32 [n, groups] (scale float16-representable and not 0, negative only in symmetric grids; zero
-    an integer in [0, 2**bits - 1])."""
+    in [0, 2**bits - 1], whole or, with `QuantSpec.half_zeros`, a multiple of 1/2)."""
 
     scale: Tensor
     zero: Tensor
 
 
 def _grids(low: Tensor, high: Tensor, spec: QuantSpec) -> list[Grid]:
-    """The grids that reach from `low` <= 0 to `high` >= 0: one, or for symmetric grids one of either sign."""
+    """The grids that reach from `low` <= 0 to `high` >= 0: one; for symmetric grids one of either sign; with half zeros
+    one more, whose levels stand evenly around 0, as a row without outliers wants them."""
     top = 2**spec.bits - 1
     if not spec.symmetric:
         scale = _stored((high - low) / top)
+        if spec.half_zeros:
+            exact = -low / scale
+            return [
+                Grid(scale, exact.mul(2).round().div(2).clamp(0, top)),
+                Grid(_stored(torch.maximum(-low, high) * 2 / top), torch.full_like(low, top / 2)),
+            ]
         return [Grid(scale, (-low / scale).round().clamp(0, top))]
     below, above = 2 ** (spec.bits - 1), 2 ** (spec.bits - 1) - 1  # levels on either side of zero
     zero = torch.full_like(low, below)

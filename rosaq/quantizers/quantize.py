@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from rosaq.config import LinearFormat
-from rosaq.layout import dequantize, pack
+from rosaq.layout import dequantize, pack, zero_bytes
 from rosaq.quantizers.gptq import damping_term, order_columns, round_columns
 from rosaq.quantizers.grid import Grid
-from rosaq.quantizers.refine import refine, stored_weight
+from rosaq.quantizers.refine import beside_codes, refine, stored_weight
 from rosaq.quantizers.row_feedback import RowFeedback
 from rosaq.quantizers.rtn import rtn
 from rosaq.quantizers.salient import salient_mask
@@ -50,10 +50,10 @@ def quantize_weight(
             raise ValueError("gram: got None, need second moments [k, k] of the inputs for method 'gptq'")
         codes, grid, salient_weight = _by_gptq(w, gram.double(), spec, group_size, salient, feedback)
     else:
-        # a zero weight rounds to the zero point exactly, so silencing salient columns needs no other special case
+        # a zero weight rounds to the code next to the zero point: silencing salient columns needs no other special case
         codes, grid = rtn(w.masked_fill(salient, 0.0), spec, group_size)
         salient_weight = w[:, salient]
-    return _stored(codes, grid, spec, salient_weight, torch.nonzero(salient).flatten())
+    return _stored(codes, grid, spec, salient_weight, salient)
 
 
 def _by_gptq(
@@ -129,11 +129,11 @@ def _check_gram(gram: Tensor, k: int) -> None:
         raise ValueError(f"gram: got {int((~torch.isfinite(gram)).sum())} NaN or Inf entries, need finite numbers")
 
 
-def _stored(codes: Tensor, grid: Grid, spec: QuantSpec, salient_weight: Tensor, index: Tensor) -> dict[str, Tensor]:
+def _stored(codes: Tensor, grid: Grid, spec: QuantSpec, salient_weight: Tensor, salient: Tensor) -> dict[str, Tensor]:
     tensors = {"qweight": pack(codes.to(torch.uint8), spec.bits), "scales": grid.scale.to(torch.float16)}
     if not spec.symmetric:
-        tensors["zeros"] = grid.zero.to(torch.uint8)
-    if len(index):
-        tensors["salient_weight"] = salient_weight.to(torch.float16).contiguous()
-        tensors["salient_index"] = index.to(torch.int32)
+        tensors["zeros"] = zero_bytes(grid.zero)
+    if salient.any():
+        tensors["salient_weight"] = beside_codes(codes, grid, salient_weight, salient)
+        tensors["salient_index"] = torch.nonzero(salient).flatten().to(torch.int32)
     return tensors

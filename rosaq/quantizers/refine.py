@@ -47,8 +47,16 @@ def _widened(grid: Grid, k: int) -> Grid:
 def stored_weight(codes: Tensor, grid: Grid, salient_weight: Tensor, salient: Tensor) -> Tensor:
     """The [n, k] float32 weight that codes [n, k], their grid and salient weights [n, r] stand for, once stored."""
     w_hat = from_codes(codes, _widened(grid, codes.shape[1]))
-    w_hat[:, salient] = salient_weight.to(torch.float16).float()
+    w_hat[:, salient] += beside_codes(codes, grid, salient_weight, salient).float()
     return w_hat
+
+
+def beside_codes(codes: Tensor, grid: Grid, salient_weight: Tensor, salient: Tensor) -> Tensor:
+    """What is stored of salient weights [n, r], float16 [n, r]: all but what the codes of those columns stand for (0,
+    or half a step where the zero point lies between two codes)."""
+    index = torch.nonzero(salient).flatten()
+    group = index // (codes.shape[1] // grid.scale.shape[1])
+    return (salient_weight - from_codes(codes[:, index], Grid(grid.scale[:, group], grid.zero[:, group]))).half()
 
 
 def refit_scales(
@@ -97,7 +105,7 @@ def _refit_rows(
     scale = solved[:, :groups].to(torch.float16).float()
     ratio = scale / grid.scale  # of one sign: a symmetric grid's scale may be negative
     fits = (ratio >= 1 / 4) & (ratio <= 4)  # anything else is a row without information
-    return torch.where(fits, scale, grid.scale), solved[:, groups:].to(torch.float16).float()
+    return torch.where(fits, scale, grid.scale), solved[:, groups:].float()
 
 
 def sweep_codes(
@@ -105,8 +113,7 @@ def sweep_codes(
 ) -> Tensor:
     """One pass of coordinate descent: every bulk code becomes the best one given all others. Returns new codes."""
     narrow, group_size = gram.float(), w.shape[1] // grid.scale.shape[1]
-    w_hat = from_codes(codes, _widened(grid, w.shape[1]))
-    w_hat[:, salient] = salient_weight
+    w_hat = stored_weight(codes, grid, salient_weight, salient)
     slope = narrow @ (w_hat - w).T  # half the gradient of the loss, [k, n] as all below: columns are read one by one
     codes, scale, zero = (tensor.T.contiguous() for tensor in (codes, *grid))
     for columns in torch.nonzero(~salient).flatten().split(MAX_PANEL):

@@ -16,6 +16,8 @@ class QuantSpec:
     damping     added to the diagonal of the second moments, as a share of the mean of its non-salient part; below 1e-8
                 it counts as that.
     clip        search a smaller range per group for the least weighted squared error (False: use min and max).
+    half_zeros  zero points may lie halfway between two codes, so that 8 levels stand evenly around zero. No other
+                format has them: such weights cannot be exported as codes.
     refine      rounds of refitting scales and revisiting codes after GPTQ (0: none).
     """
 
@@ -25,6 +27,7 @@ class QuantSpec:
     method: Literal["rtn", "gptq"] = "gptq"
     damping: float = 0.01
     clip: bool = True
+    half_zeros: bool = False
     refine: int = 0
 
     def __post_init__(self) -> None:

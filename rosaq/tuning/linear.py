@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear, one_hot
 
 from rosaq.config import LinearFormat
-from rosaq.layout import pack, unpack
+from rosaq.layout import pack, unpack, zero_points
 from rosaq.rotation import rotate_blocks
 
 Tensors = dict[str, Tensor]
@@ -35,7 +35,7 @@ class TunedLinear:
         self._format, self._stored = fmt, stored
         self._scale = stored["scales"].float()[..., None]
         middle = torch.full_like(self._scale, 2 ** (fmt.bits - 1))
-        self._zero = stored["zeros"].float()[..., None] if "zeros" in stored else middle
+        self._zero = zero_points(stored["zeros"])[..., None] if "zeros" in stored else middle
         n, groups = stored["scales"].shape
         codes = unpack(stored["qweight"], fmt.bits).view(n, groups, -1)
         k = groups * codes.shape[2]
@@ -44,20 +44,16 @@ class TunedLinear:
         if fmt.num_salient:
             self.shift = torch.zeros(n, fmt.num_salient, device=self._scale.device).requires_grad_()
             self._unit = self._scale.abs().mean()
-            self._bulk_columns = torch.ones(k, device=self._scale.device)
-            self._wanted = stored["salient_weight"].float()
-            if fmt.salient == "index":
-                index = stored["salient_index"].long()
-                self._bulk_columns[index] = 0
-                self._directions = one_hot(index, k).float().T
-            else:  # what the whole weight does on the basis; codes may then change without touching it
-                self._directions = stored["salient_basis"].float()
-                self._wanted = self._wanted + ((codes - self._zero) * self._scale).view(n, k) @ self._directions
+            is_index = fmt.salient == "index"
+            basis = one_hot(stored["salient_index"].long(), k).T if is_index else stored["salient_basis"]
+            self._directions = basis.float()
+            # what the whole weight does on them; codes may then change without touching it
+            bulk = ((codes - self._zero) * self._scale).view(n, k)
+            self._wanted = stored["salient_weight"].float() + bulk @ self._directions
         self.latent: Tensor | None = None
         if weight is None:
-            self._steps = codes.view(torch.int8) - self._zero.to(torch.int8)
-            is_basis = self.shift is not None and fmt.salient == "basis"
-            self._steps_on_basis = self._on_basis(self._steps.flatten(1).float()) if is_basis else None
+            self._half_steps = (2 * codes - 2 * self._zero).to(torch.int8)
+            self._steps_on_directions = self._on_directions(self._half_steps.flatten(1).float() / 2)
         else:
             exact = weight.view(n, groups, -1) / self._scale + self._zero
             self.latent = (codes + (exact - codes).clamp(-_NEAR, _NEAR)).requires_grad_()
@@ -65,34 +61,27 @@ class TunedLinear:
     def _scales(self) -> Tensor:
         return _through(self._scale * (1 + self.stretch), torch.float16)
 
-    def _salient(self, on_basis: Tensor | None) -> Tensor | None:
-        """salient_weight [n, r] as stored; on_basis [n, r]: the low-bit part times the basis, where there is one."""
+    def _salient(self, of_codes: Tensor | None) -> Tensor | None:
+        """salient_weight [n, r] as stored; of_codes [n, r]: what the low-bit part does on the directions."""
         if self.shift is None:
             return None
-        wanted = self._wanted + self.shift * self._unit
-        return _through(wanted if on_basis is None else wanted - on_basis, torch.float16)
+        assert of_codes is not None
+        return _through(self._wanted + self.shift * self._unit - of_codes, torch.float16)
 
     def _bulk(self, scales: Tensor) -> Tensor:
         """The low-bit part [n, k]."""
         if self.latent is None:
-            rounded = self._steps * scales
+            rounded = self._half_steps * (scales / 2)
         else:
             rounded = _Rounded.apply(self.latent, scales, self._zero, self._format.bits)  # type: ignore[no-untyped-call]
-        bulk = rounded.flatten(1)
-        return bulk * self._bulk_columns if self.shift is not None and self._format.salient == "index" else bulk
+        return rounded.flatten(1)
 
-    def _on_basis(self, bulk: Tensor) -> Tensor | None:
-        return bulk @ self._directions if self.shift is not None and self._format.salient == "basis" else None
+    def _on_directions(self, bulk: Tensor) -> Tensor | None:
+        return None if self.shift is None else bulk @ self._directions
 
     def _whole(self, bulk: Tensor, salient: Tensor | None) -> Tensor:
         """The dense [n, k] weight that acts on x."""
-        if salient is None:
-            w = bulk
-        elif self._format.salient == "index":
-            w = bulk.index_add(1, self._stored["salient_index"].long(), salient)
-        else:
-            w = bulk + salient @ self._directions.T
-        return self._of_plain_x(w)
+        return self._of_plain_x(bulk if salient is None else bulk.addmm(salient, self._directions.T))
 
     def _of_plain_x(self, w: Tensor) -> Tensor:
         """Rows [.., k] that act on the rotated x, as such that act on x."""
@@ -103,7 +92,7 @@ class TunedLinear:
     def weight(self) -> Tensor:
         """The dense [n, k] float32 weight that acts on x, differentiable in latent, stretch and shift."""
         bulk = self._bulk(self._scales())
-        return self._whole(bulk, self._salient(self._on_basis(bulk)))
+        return self._whole(bulk, self._salient(self._on_directions(bulk)))
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., k] · weight()ᵀ -> [..., n], differentiable in x, latent, stretch and shift. Where codes stay and a
@@ -115,8 +104,8 @@ class TunedLinear:
             return linear(x, weight)
         with weight_in_float32:
             scales = self._scales()
-            on_basis = self._steps_on_basis
-            salient = self._salient(None if on_basis is None else scales.flatten(1) * on_basis)
+            steps = self._steps_on_directions
+            salient = self._salient(None if steps is None else scales.flatten(1) * steps)
             with torch.no_grad():
                 weight = self._whole(self._bulk(scales), salient)
             directions = None if salient is None else self._of_plain_x(self._directions.T)
@@ -129,13 +118,10 @@ class TunedLinear:
         tensors = dict(self._stored)
         if self.latent is not None:
             codes = self.latent.round().clamp(0, 2**self._format.bits - 1)
-            if self.shift is not None and self._format.salient == "index":
-                kept = (self._bulk_columns == 0).view(1, codes.shape[1], -1)
-                codes = torch.where(kept, self._zero, codes)
             tensors["qweight"] = pack(codes.flatten(1).to(torch.uint8), self._format.bits)
         tensors["scales"] = self._scales()[..., 0].to(torch.float16)
         if self.shift is not None:
-            salient = self._salient(self._on_basis(self._bulk(self._scales())))
+            salient = self._salient(self._on_directions(self._bulk(self._scales())))
             assert salient is not None
             tensors["salient_weight"] = salient.to(torch.float16)
         return tensors

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rosaq.checkpoint import WeightReader
 from rosaq.config import LinearFormat
-from rosaq.layout import unpack
+from rosaq.layout import unpack, zero_points
 from rosaq.linear import RosaqLinear
 from rosaq.reference import fused_gemm
 from rosaq.soundness import finite_problem, index_problem
@@ -36,8 +36,8 @@ def value_problem(tensors: dict[str, Tensor], fmt: LinearFormat, in_features: in
     if not fmt.symmetric and (tensors["scales"] < 0).any():  # a symmetric grid's sign says where its extra level is
         return f"scales: got {float(tensors['scales'].min())}, need no negative step beside zero points"
     # The kernels take any byte, but whoever writes the format keeps zero points among the codes, as exports need them.
-    if "zeros" in tensors and int(tensors["zeros"].max()) >= 2**fmt.bits:
-        return f"zeros: got {int(tensors['zeros'].max())}, need at most {2**fmt.bits - 1}"
+    if "zeros" in tensors and (most := float(zero_points(tensors["zeros"]).max())) > 2**fmt.bits - 1:
+        return f"zeros: got a zero point of {most:g}, need at most {2**fmt.bits - 1}"
     if "rotation" in tensors:
         rotation = tensors["rotation"].double()
         worst = float((rotation @ rotation.mT - torch.eye(fmt.rotation_size, dtype=torch.float64)).abs().max())
@@ -53,14 +53,17 @@ def _index_problem(tensors: dict[str, Tensor], fmt: LinearFormat, k: int) -> str
     problem = index_problem(index, k)
     if problem is not None:
         return f"salient_index: {problem}"
-    codes = unpack(tensors["qweight"], fmt.bits)[:, index].int()
+    codes = unpack(tensors["qweight"], fmt.bits)[:, index].float()
     if "zeros" in tensors:
-        zeros = tensors["zeros"][:, index // fmt.group_size_of(k)].int()
+        zero = zero_points(tensors["zeros"])[:, index // fmt.group_size_of(k)]
     else:
-        zeros = torch.full_like(codes, 2 ** (fmt.bits - 1))
-    num_bad = int((codes != zeros).any(0).sum())
+        zero = torch.full_like(codes, 2 ** (fmt.bits - 1))
+    num_bad = int(((codes - zero).abs() > 0.5).any(0).sum())
     if num_bad:
-        return f"qweight: got {num_bad} salient columns whose codes are not 0, need 0: salient_weight holds them whole"
+        return (
+            f"qweight: got {num_bad} salient columns whose codes are not the zero point, need it or half a step off: "
+            "salient_weight holds those columns"
+        )
     return None
 
 
