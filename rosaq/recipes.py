@@ -63,7 +63,7 @@ class Preset:
 PRESETS = {
     "fast": Preset(32, 0, 0, has_rows=False),
     "default": Preset(128, 1, 1, has_rows=True),
-    "best": Preset(256, 2, 4, has_rows=True),
+    "best": Preset(512, 4, 4, has_rows=True),
 }
 DEFAULT_PRESET = "default"
 

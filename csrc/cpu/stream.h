@@ -40,10 +40,16 @@ struct StreamTile {
     using Sums = I[kSets][kRows][kDigits];
     Sums acc;
 
-    __attribute__((always_inline)) void start() {
+    // Start at -floor(zero) * (sum of integers); `total` takes off what is left of the zero point.
+    __attribute__((always_inline)) void start(I twice_zero, const int32_t* offsets) {
         for (int set = 0; set < kSets; ++set)
             for (int m = 0; m < kRows; ++m)
                 for (int d = 0; d < kDigits; ++d) acc[set][m][d] = S::zero_i();
+        const I whole = S::template shr<1>(twice_zero);
+        for (int m = 0; m < kRows; ++m)
+            for (int part = 0; part < kParts; ++part)
+                acc[0][m][kParts == 2 && part == 0 ? kDigits - 3 : kDigits - 1] =
+                    S::mul_i(whole, S::set_i(offsets[m * kParts + part]));
     }
 
     template <int kQuad>
@@ -88,24 +94,25 @@ struct StreamTile {
         return sum;
     }
 
-    // The chunk's sum of (2 code - twice_zero) * integer as a float: digits pair up in int32 exactly, each
-    // part rounds once. offsets: minus the sums of the token's integers.
-    __attribute__((always_inline)) F total(int m, I twice_zero, const int32_t* offsets) const {
+    // The chunk's sum of (2 code - 2 zero) * integer as a float: digits pair up in int32 exactly, each part
+    // rounds once. is_half: all ones where the zero point is a half. offsets: minus the sums of the token's
+    // integers.
+    __attribute__((always_inline)) F total(int m, I is_half, const int32_t* offsets) const {
         I low = digit_sum(m, kDigits - 1);
         if constexpr (kDigits >= 2) low = S::add_i(S::template shl<8>(digit_sum(m, kDigits - 2)), low);
-        low = less_zero(low, twice_zero, offsets[m * kParts + kParts - 1]);
+        low = doubled(low, is_half, offsets[m * kParts + kParts - 1]);
         if constexpr (kDigits <= 2) {
             return S::from_int(low);
         } else {
             I high = digit_sum(m, kDigits - 3);
             if constexpr (kDigits == 4) high = S::add_i(S::template shl<8>(digit_sum(m, 0)), high);
-            high = less_zero(high, twice_zero, offsets[m * kParts]);
+            high = doubled(high, is_half, offsets[m * kParts]);
             return S::mul_add(S::from_int(high), S::set_f(65536.0f), S::from_int(low));
         }
     }
 
-    __attribute__((always_inline)) static I less_zero(I sum, I twice_zero, int32_t offset) {
-        return S::add_i(S::template shl<1>(sum), S::mul_i(twice_zero, S::set_i(offset)));
+    __attribute__((always_inline)) static I doubled(I sum, I is_half, int32_t offset) {
+        return S::add_i(S::template shl<1>(sum), S::and_i(is_half, S::set_i(offset)));
     }
 };
 
@@ -136,7 +143,8 @@ void stream_panel(const MainLoop& p, int64_t panel_idx, int64_t row0) {
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
         for (int sub = 0; sub < Tile::kSubs; ++sub) {
             Tile tile;
-            tile.start();
+            const int64_t at = group * kPanelRows + sub * S::kLanes;
+            tile.start(panel.template twice_zero<S>(at), offsets);
             for (int64_t b = 0; b < blocks; ++b) {
                 const uint8_t* block = codes + b * kBits * kLineBytes;
                 if (sub == 0)
@@ -144,11 +152,10 @@ void stream_panel(const MainLoop& p, int64_t panel_idx, int64_t row0) {
                         __builtin_prefetch(block + kPrefetchBytes + i * kLineBytes, 0, 2);
                 tile.block(block, sub, digits + b * Tile::kBlockBytes);
             }
-            const int64_t at = group * kPanelRows + sub * S::kLanes;
             const F scale = S::load_any(panel.scales + at * 2, w.scale_dtype);
-            const auto twice_zero = panel.template twice_zero<S>(at);
+            const auto is_half = S::template sar<31>(S::template shl<31>(panel.template twice_zero<S>(at)));
             for (int m = 0; m < kRows; ++m) {
-                const F total = tile.total(m, twice_zero, offsets);
+                const F total = tile.total(m, is_half, offsets);
                 y[m][sub] = S::mul_add(S::mul_f(total, scale), S::set_f(units[m]), y[m][sub]);
             }
         }
