@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 
 import rosaq
 from rosaq.config import LinearFormat
-from rosaq.conversion import convert
+from rosaq.conversion import convert, exporters
+from rosaq.layout import zero_points
 from rosaq.linear import RosaqLinear
 from tests.foreign import awq, compressed, gptq, save_foreign
-from tests.models import save_dense, save_rosaq, tiny_llama, vandalise
+from tests.models import random_linear, save_dense, save_rosaq, tiny_llama, vandalise
 from tests.tolerances import assert_close_in, assert_same_function
 
 INPUT_IDS = torch.arange(24).view(2, 12)
@@ -172,6 +173,15 @@ def test_salient_directions_have_no_place_in_compressed_tensors(tmp_path, checkp
     with pytest.raises(ValueError, match=r"down_proj: got 3 salient directions and an online rotation of size 32"):
         convert(checkpoint, tmp_path / "out", to="compressed-tensors")
     assert not list(tmp_path.glob("*out*")), "nothing half-written is left"
+
+
+def test_zero_points_between_codes_have_no_place_in_compressed_tensors():
+    fmt = LinearFormat(3, 32)
+    tensors = random_linear(fmt, 16, 64, 0)
+    between = int((zero_points(tensors["zeros"]) % 1 > 0).sum())
+    assert between
+    with pytest.raises(ValueError, match=rf"q: got {between} zero points that are no codes, need whole ones"):
+        exporters.compressed("q", fmt, tensors, torch.float16)
 
 
 def test_float16_overflow_is_told(tmp_path, checkpoint):

@@ -1,9 +1,7 @@
 // The packed weight layout, bit by bit. Packer and kernels both take their index maps from here.
 //
 //   blob   = header (64 bytes) | panel 0 | panel 1 | ...             every part starts on a 64-byte line
-//   panel  = 16 rows of W:  scales [groups][16] 16-bit | zeros [groups][16] uint8, in halves (asymmetric
-//   only) |
-//            codes
+//   panel  = 16 rows of W:  scales [groups][16] 16-bit | zeros [groups][16] uint8 (asymmetric only) | codes
 //   codes  = for every block of 32 k:  `bits` lines of 16 uint32, word i of lane l belongs to row 16 * panel
 //   + l
 //

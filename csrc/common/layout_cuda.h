@@ -6,8 +6,7 @@
 //   record  = 32 rows x 128 k, what one warp multiplies between two barriers: `bits` planes of 32 lanes x 16
 //   bytes,
 //             so a lane fetches its part with `bits` conflict-free 16-byte loads
-//   scales  = [slab][group][128 rows] 16-bit, zeros the same in bytes, in halves; groups are padded to whole
-//   blocks of k
+//   scales  = [slab][group][128 rows] 16-bit, zeros the same in bytes; groups are padded to whole blocks of k
 //
 // Which weights a lane holds follows from mma.m16n8k16 with W as its 16-row operand. Lane 4 * gid + tid holds
 // rows 4 * gid .. 4 * gid + 3 of the record: two MMA row tiles (rows gid and gid + 8 of each), numbered so

@@ -82,7 +82,8 @@ void chunk_digits(const float* t, int64_t chunk, const DigitRow& out) {
             if (d > 0) value = S::template sar<8>(S::sub_i(value, digit));
         }
     }
-    // Two digits of 128 channels are below 2^22, times twice a zero point, of 8 bits, below 2^30.
+    // Two digits of 128 channels are below 2^22, times a zero point of 7 bits below 2^29, and twice that
+    // fits.
     int32_t part = 0;
     for (int d = 0; d < kDigits; ++d) {
         part = part * 256 + S::sum_i(sum[d]);

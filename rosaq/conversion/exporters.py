@@ -42,9 +42,9 @@ def compressed(name: str, fmt: LinearFormat, tensors: Tensors, dtype: torch.dtyp
             f"{name}: got {fmt.num_salient} salient directions and an online rotation of size {fmt.rotation_size}, "
             "need none of both for compressed-tensors; convert to 'dense', or quantise with --recipe gptq"
         )
-    if "zeros" in tensors and (between := int((tensors["zeros"] >= 2**fmt.bits).sum())):
+    if "zeros" in tensors and (strays := int((tensors["zeros"] >= 2**fmt.bits).sum())):
         raise ValueError(
-            f"{name}: got {between} zero points between two codes, need whole ones for compressed-tensors; convert to "
+            f"{name}: got {strays} zero points that are no codes, need whole ones for compressed-tensors; convert to "
             "'dense', or quantise with --recipe gptq"
         )
     n, k = tensors["qweight"].shape[0], tensors["qweight"].shape[1] * 32 // fmt.bits

@@ -74,7 +74,8 @@ def fit_grid(w: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> Gr
     low, high = w.amin(-1).clamp_max(0), w.amax(-1).clamp_min(0)  # zero stays representable
     best, *others = _grids(low, high, spec)
     for other in others:  # without clipping the finer of the grids that hold everything
-        best = Grid(torch.where(other.scale.abs() < best.scale, other.scale, best.scale), best.zero)
+        is_finer = other.scale.abs() < best.scale
+        best = Grid(torch.where(is_finer, other.scale, best.scale), torch.where(is_finer, other.zero, best.zero))
     if not spec.clip:
         return best
     error = _error(w, best, spec.bits, importance)
