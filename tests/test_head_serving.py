@@ -184,7 +184,7 @@ def test_verify_looks_at_the_head_too(copy):
     (copy / "SHA256SUMS").unlink()
     vandalise(copy, lambda tensors: tensors["lm_head.zeros"].add_(1))
     (problem,) = [check.detail for check in verify(copy).checks if check.status == "failed"]
-    assert problem.startswith("lm_head.qweight: got 4 salient columns whose codes are not 0")
+    assert problem.startswith("lm_head.qweight: got 4 salient columns whose codes are not the zero point")
 
 
 def test_verify_compares_every_row_of_a_long_head(checkpoint, monkeypatch):

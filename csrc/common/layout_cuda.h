@@ -43,6 +43,7 @@ constexpr uint32_t kLayoutVersion = 2;
 // A blob's size tells the host, which may not wait for the device to read the header, what it holds: blobs of
 // the CPU are multiples of 64 bytes, these are not, and the remainder tells layout version and scale dtype.
 constexpr int64_t kTrailerUnit = 16;
+static_assert(kLayoutVersion <= 2, "a third version needs a trailer of more than 128 bytes");
 
 static_assert(kLanes * kLoadBytes * 8 == kRecordRows * kBlockK,
               "one plane of a record is one bit per weight");
@@ -144,7 +145,7 @@ constexpr BlobLayout blob_layout(int64_t n, int64_t k, int bits, int64_t group_s
     l.zeros_offset = l.scales_offset + l.slabs * l.groups * kSlabRows * 2;
     const int64_t zeros_bytes = symmetric ? 0 : l.slabs * l.groups * kSlabRows;
     l.total_bytes = round_up<int64_t>(l.zeros_offset + zeros_bytes, 128) +
-                    kTrailerUnit * (2 * (kLayoutVersion - 1) + 1 + (scale_dtype != 0 ? 1 : 0));
+                    kTrailerUnit * (4 * (kLayoutVersion - 1) + 1 + (scale_dtype != 0 ? 1 : 0));
     return l;
 }
 

@@ -111,7 +111,7 @@ ROSAQ_DEVICE void decode(const uint32_t (&words)[4 * kBits], uint32_t (&a)[2][2]
 // zero - 2^(bits - 1), how far the zero point lies above the middle code; twice: the byte of the blob.
 template <int kBits>
 ROSAQ_DEVICE float zero_shift(uint32_t twice) {
-    return 0.5f * static_cast<float>(static_cast<int>(twice) - (1 << kBits));
+    return fmaf(static_cast<float>(twice), 0.5f, -static_cast<float>(1 << (kBits - 1)));
 }
 
 // Takes the shift in both halves of `zero` off what `decode` gives: code - zero, still exact.
