@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from rosaq.pipeline import quantize
+from rosaq.pipeline.workspace import Workspace
 from rosaq.specs import CalibrationSpec
 from tests.models import TEXT, save_dense, tiny_llama
 
@@ -79,3 +80,13 @@ def test_more_processes_than_batches_are_refused(dense, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="num_sequences: got 16 in 8 batches of 2 for 9 processes, need at least one"):
         quantize(dense, tmp_path / "out", calibration=TEXT, group_size=32, salient=2, spec=SPEC)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_removed_while_another_rank_may_still_read(tmp_path, monkeypatch):
+    work = Workspace(tmp_path / "out", {}, torch.device("cpu"), force=False, resume=False)
+    work.save("step", {"x": torch.ones(2)}, {})
+    (work.final_directory() / "config.json").write_text("{}")
+    seen = []
+    monkeypatch.setattr("rosaq.pipeline.workspace.wait_for_all", lambda: seen.append(work.load("step") is not None))
+    work.commit()
+    assert seen == [True, False], "the ranks meet before the workspace goes, and after"

@@ -126,6 +126,7 @@ class Workspace:
 
     def commit(self) -> None:
         """Put the written checkpoint in the output's place and remove the rest."""
+        wait_for_all()  # a slower rank may still be reading the last step
         if is_first_rank():
             self._rename()
         wait_for_all()
