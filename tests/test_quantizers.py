@@ -242,16 +242,14 @@ def test_salient_columns_receive_the_least_squares_correction():
     assert loss(w, with_correction, gram) < loss(w, quantized, gram)
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
-@pytest.mark.parametrize("refined", [0, 2])
-def test_zero_points_between_two_codes_gain_at_3_bits_and_leave_salient_columns_whole(method, refined):
+@pytest.mark.parametrize(("method", "rounds"), [("rtn", 0), ("gptq", 0), ("gptq", 2)])
+def test_zero_points_between_two_codes_gain_at_3_bits_and_leave_salient_columns_whole(method, rounds):
     """Gaussian rows: eight levels evenly around zero lose less than three below it and four above. Salient columns,
     whose codes then are half a step off, still stand for the same weights."""
     w, salient = gaussian(256, 4 * K), torch.tensor([2, 64])
     gram = correlated_gram(4 * K) + torch.eye(4 * K)
     losses = []
     for half_zeros in (False, True):
-        rounds = refined if method == "gptq" else 0
         spec = QuantSpec(3, -1, method=method, damping=1e-8, half_zeros=half_zeros, refine=rounds)
         tensors = quantize_weight(w, gram, spec, salient)
         is_half = zero_points(tensors["zeros"]) % 1 == 0.5
