@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +24,10 @@ def read_text(path: str | Path) -> list[str]:
     for a JSON line without a string under "text" (with its number).
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: got no such file, need a text or JSON lines file")
+    if not os.path.isfile(path):  # Path's own raises where a name is too long, as a text in its place is
+        raise FileNotFoundError(
+            f"{str(path)[:200]}: got no such file, need a text or JSON lines file, or a list of documents"
+        )
     try:
         content = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:

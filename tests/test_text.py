@@ -46,6 +46,11 @@ def test_missing_text_is_refused(tmp_path):
         read_text(tmp_path / "none.txt")
 
 
+def test_text_in_place_of_its_path_is_refused():
+    with pytest.raises(FileNotFoundError, match="Once upon a time.*got no such file, need .* a list of documents"):
+        read_text("Once upon a time. " * 1000)
+
+
 def test_builtin_halves_share_no_paragraph_and_are_large_enough():
     halves = [builtin_text("calibration"), builtin_text("evaluation")]
     first, second = ({p.strip() for text in half for p in text.split("\n\n")} for half in halves)

@@ -21,7 +21,7 @@ import rosaq
 from rosaq.evaluation import evaluate, load_subject
 from rosaq.recipes import DEFAULT_RECIPE, RECIPES, make_recipe
 from rosaq.report.record import environment
-from rosaq.specs import BudgetSpec, ImportanceSpec, Recipe, RowSpec, SalientSpec
+from rosaq.specs import BudgetSpec, ImportanceSpec, Recipe, RotationSpec, RowSpec, SalientSpec
 from rosaq.text import read_text, select_documents
 
 CONTEXT = 512
@@ -43,12 +43,16 @@ def variants() -> dict[str, Recipe]:
         ),
         "one direction a site at most": replace(SHIPPED, budget=replace(SHIPPED.budget, most=1)),
         "bases of two at o_proj and down_proj": replace(SHIPPED, salient=SalientSpec(2, basis=("values", "hidden"))),
+        "no rotation, the largest channels in 16 bits": replace(
+            SHIPPED, rotation=RotationSpec(), salient=replace(salient, by="energy")
+        ),
         "no rotation of values": replace(SHIPPED, rotation=replace(rotation, values="none")),
         "no rotation at down_proj": replace(SHIPPED, rotation=replace(rotation, mlp_out="none")),
         # rows hear of each other with presets that tune, not with `fast`
         "rows are independent": replace(SHIPPED, rows=RowSpec()),
         "errors carried from row to row in all linears": replace(SHIPPED, rows=replace(SHIPPED.rows, sites=())),
         "no refinement": replace(SHIPPED, quant=replace(quant, refine=0)),
+        "whole zero points": replace(SHIPPED, quant=replace(quant, half_zeros=False)),
         "no clip search": replace(SHIPPED, quant=replace(quant, clip=False)),
         "round to nearest": replace(SHIPPED, quant=replace(quant, method="rtn", refine=0), rows=RowSpec()),
         "one width, groups of 64": replace(SHIPPED, quant=groups, budget=BudgetSpec()),
