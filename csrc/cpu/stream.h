@@ -15,7 +15,7 @@
 namespace rosaq::cpu {
 namespace {
 
-// Into L2, far enough ahead to cover DRAM latency.
+// Far enough ahead to cover DRAM latency, and as a stream that is read once: L2 is for the digits.
 constexpr int64_t kPrefetchBytes = 8192;
 // Digits of this many bytes stay in L2 while all panels pass by.
 constexpr int64_t kDigitCacheBytes = 512 << 10;
@@ -136,7 +136,7 @@ void stream_panel(const MainLoop& p, int64_t panel_idx, int64_t row0) {
 
     // What lies kPrefetchBytes beyond the scales: the codes' own prefetch begins behind it.
     for (int64_t i = 0; i < w.layout.codes_offset; i += kLineBytes)
-        __builtin_prefetch(panel.scales + kPrefetchBytes + i, 0, 2);
+        __builtin_prefetch(panel.scales + kPrefetchBytes + i, 0, 0);
     if (p.args->r != 0) prefetch_salient(*p.args, panel_idx * kPanelRows, panel_rows(w, panel_idx));
 
     int64_t group = 0, left_in_group = chunks_per_group;
@@ -149,7 +149,7 @@ void stream_panel(const MainLoop& p, int64_t panel_idx, int64_t row0) {
                 const uint8_t* block = codes + b * kBits * kLineBytes;
                 if (sub == 0)
                     for (int i = 0; i < kBits; ++i)
-                        __builtin_prefetch(block + kPrefetchBytes + i * kLineBytes, 0, 2);
+                        __builtin_prefetch(block + kPrefetchBytes + i * kLineBytes, 0, 0);
                 tile.block(block, sub, digits + b * Tile::kBlockBytes);
             }
             const F scale = S::load_any(panel.scales + at * 2, w.scale_dtype);
