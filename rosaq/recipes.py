@@ -26,14 +26,14 @@ RECIPES: dict[str, Recipe] = {
     "rosaq-basis": Recipe("rosaq-basis", _RTN, salient=SalientSpec(16, basis=("residual", "values", "hidden"))),
     # per layer to the letter: every site rotates its input by its own dense PCA matrix, larger than its codes
     "rosaq-layer": Recipe("rosaq-layer", _RTN, RotationSpec("dense", "dense", "dense"), SalientSpec(16, basis=())),
-    # ours: few principal directions in FP16, a random basis of the rest, second moments that listen to attended tokens,
-    # GPTQ with the salient columns as correctors and, in attention, with rows that make up for each other's errors,
-    # scales and codes once more, tuning block by block and as a whole.
+    # ours: few principal directions in FP16, a basis of the rest fitted to the weights, second moments that listen to
+    # attended tokens, GPTQ with the salient columns as correctors and, in attention, with rows that make up for each
+    # other's errors, scales and codes once more, tuning block by block and as a whole.
     # What the scales of groups would take goes into the fourth bit of those codes that gain most by it
     "rosaq-gptq": Recipe(
         "rosaq-gptq",
         replace(_GPTQ, group_size=-1, half_zeros=True, refine=3),
-        RotationSpec("pca-random", "random", "hadamard"),
+        RotationSpec("pca-fitted", "fitted", "hadamard"),
         SalientSpec(AUTO, sites=("residual",)),
         ImportanceSpec("attention", 0.01),
         moments="dense",
@@ -51,19 +51,20 @@ DEFAULT_RECIPE = "rosaq-gptq"
 @dataclass(frozen=True)
 class Preset:
     """How much work a run puts into any recipe: calibration windows, the steps of tuning block by block and of the
-    whole model as multiples of the recipe's, and whether rows hear of each other's errors, where the recipe says how
-    (docs/accuracy.md has what they buy and cost)."""
+    whole model as multiples of the recipe's, whether rows hear of each other's errors, where the recipe says how, and
+    the steps that fit rotations to the weights, where it has such (docs/accuracy.md has what they buy and cost)."""
 
     num_sequences: int
     steps: int
     model_steps: int
     has_rows: bool
+    fit_steps: int
 
 
 PRESETS = {
-    "fast": Preset(32, 0, 0, has_rows=False),
-    "default": Preset(128, 1, 1, has_rows=True),
-    "best": Preset(512, 4, 4, has_rows=True),
+    "fast": Preset(32, 0, 0, has_rows=False, fit_steps=120),
+    "default": Preset(128, 1, 1, has_rows=True, fit_steps=480),
+    "best": Preset(512, 4, 4, has_rows=True, fit_steps=1200),
 }
 DEFAULT_PRESET = "default"
 
@@ -123,7 +124,10 @@ def make_recipe(
     times, steps = preset_of(preset), recipe.tune
     tune = replace(steps, steps=steps.steps * times.steps, model_steps=steps.model_steps * times.model_steps)
     rows = recipe.rows if times.has_rows else replace(recipe.rows, parts=1)
-    changed = replace(recipe, quant=quant, salient=chosen, importance=listened, tune=tune, budget=budget, rows=rows)
+    rotation = replace(recipe.rotation, fit_steps=times.fit_steps) if recipe.rotation.is_fitted else recipe.rotation
+    changed = replace(
+        recipe, quant=quant, rotation=rotation, salient=chosen, importance=listened, tune=tune, budget=budget, rows=rows
+    )
     if importance is not None and not changed.needs_tokens:
         raise ValueError(f"importance: got {importance!r} with recipe {recipe.name!r}, need one that looks at tokens")
     return changed if head_bits is None else replace(changed, head_bits=head_bits)

@@ -16,7 +16,7 @@ from rosaq.pipeline.budget import SiteChoice, SiteFacts, share_out, spectrum_of,
 from rosaq.pipeline.rotations import mix_unkept
 from rosaq.quantizers import quantize_weight
 from rosaq.recipes import make_recipe, with_groups_for_target
-from rosaq.specs import BudgetSpec, QuantSpec
+from rosaq.specs import BudgetSpec, QuantSpec, RotationSpec
 from tests.families import save_family, tiny_family
 from tests.models import SMALL, save_dense, tiny_llama
 from tests.tolerances import assert_tight
@@ -190,7 +190,9 @@ def test_axes_that_no_site_keeps_are_mixed_into_the_rest(dense, tmp_path, monkey
         return mix_unkept(rotations, num_kept, seed)
 
     monkeypatch.setattr(run, "mix_unkept", mix)
-    made = quantize(dense, tmp_path / "out", target_bits=4.6, preset="fast", **SMALL)
+    recipe = make_recipe(target_bits=4.6, group_size=32, preset="fast")
+    recipe = replace(recipe, rotation=RotationSpec("pca-random", "random", "hadamard"))
+    made = quantize(dense, tmp_path / "out", recipe=recipe, preset="fast", **SMALL)
     [(before, num_kept, after)] = seen
     reads_stream = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
     counts = [layer["num_salient"] for layer in made.layers if layer["name"].endswith(reads_stream)]

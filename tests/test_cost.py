@@ -7,13 +7,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rosaq.pipeline import quantize
 from rosaq.recipes import make_recipe
-from rosaq.specs import CalibrationSpec, RowSpec
+from rosaq.specs import CalibrationSpec, RotationSpec, RowSpec
 from tests.models import TEXT, save_dense, tiny_llama
 from tests.peak import PeakMemory
 
 LENGTH = 64
 RECIPE = make_recipe(bits=3, preset="fast")
-RECIPE = replace(RECIPE, quant=replace(RECIPE.quant, group_size=32, refine=1))  # more rounds take no more memory
+FITTED = replace(RECIPE, quant=replace(RECIPE.quant, group_size=32, refine=1))  # more rounds take no more memory
+RECIPE = replace(FITTED, rotation=RotationSpec("pca-random", "random", "hadamard"))  # without a sweep
 
 # How many of each are held at once (DESIGN.md, "From a dense model to a checkpoint"). An eigendecomposition takes two
 # second moments more for itself.
@@ -114,6 +115,16 @@ def test_sharing_out_bits_holds_the_text_once_for_every_block(size, tmp_path):
     spec = CalibrationSpec(size.sequences, LENGTH, batch_size=8)
     with PeakMemory() as memory:
         quantize(source, tmp_path / "out", recipe=recipe, preset="fast", calibration=[TEXT[0] * 20], spec=spec)
+    assert memory.peak <= size.bound + (size.layers + 2) * size.stream
+
+
+@pytest.mark.parametrize("size", SMALL[1:])
+def test_fitting_rotations_holds_one_block_beside_what_its_sweep_does(size, tmp_path):
+    """Steps of fitting are less than what they find in memory: the sweep is what a run without a budget pays for it."""
+    source = save_dense(tmp_path / "dense", tiny_llama(num_hidden_layers=size.layers, intermediate_size=size.mlp))
+    spec = CalibrationSpec(size.sequences, LENGTH, batch_size=8)
+    with PeakMemory() as memory:
+        quantize(source, tmp_path / "out", recipe=FITTED, preset="fast", calibration=[TEXT[0] * 20], spec=spec)
     assert memory.peak <= size.bound + (size.layers + 2) * size.stream
 
 

@@ -165,7 +165,7 @@ def test_biases_and_norms_of_q_and_k_are_kept_exactly(name, made, dense):
 @pytest.mark.parametrize("name", POST_NORMED)
 def test_what_cannot_be_folded_is_made_online_and_told(name, dense, tmp_path):
     with pytest.warns(
-        UserWarning, match=r"gemma3_text: got a recipe that rotates the residual stream \('pca-random'\)"
+        UserWarning, match=r"gemma3_text: got a recipe that rotates the residual stream \('pca-fitted'\)"
     ):
         quantize(dense[name], tmp_path / "out", salient=2, **SMALL)
     before, after = (load_file(d / "model.safetensors") for d in (dense[name], tmp_path / "out"))

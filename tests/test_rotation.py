@@ -122,15 +122,17 @@ def _run(layer, model, weights, hidden):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("what", ["fold", "residual", "values", "mlp_out", "all"])
+@pytest.mark.parametrize("what", ["fold", "residual", "values", "mlp_out", "gains", "all"])
 def test_a_folded_and_rotated_block_is_the_same_function(bias, what):
     model, layer, weights = _block(bias)
     family, sizes = family_of("llama"), Sizes.of(model.config)
-    residual = random_orthogonal(64, generator(5)) if what in ("residual", "all") else None
-    values = torch.stack([random_orthogonal(16, generator(s)) for s in (6, 7)]) if what in ("values", "all") else None
+    residual = random_orthogonal(64, generator(5)) if what in ("residual", "gains", "all") else None
+    values = torch.randn(2, 16, 16, generator=generator(6), dtype=torch.float64) if what in ("values", "all") else None
+    norms = ("input_layernorm", "post_attention_layernorm") if what in ("gains", "all") else ()
+    gains = {norm: torch.rand(64, generator=generator(7)).double() + 0.5 for norm in norms}
     mlp_out = shared_hadamard_block(128, 64) if what in ("mlp_out", "all") else None
     online = {} if mlp_out is None else {"mlp_out": mlp_out}
-    rotated = rotate_block(fold_norms(weights, family), BlockRotations(residual, values, online), family, sizes)
+    rotated = rotate_block(fold_norms(weights, family), BlockRotations(residual, values, online, gains), family, sizes)
     if mlp_out is not None:  # the block's code has no online rotation: undo it on the weight
         down = "mlp.down_proj.weight"
         rotated[down] = rotate_blocks(rotated[down].double(), mlp_out.double().transpose(1, 2)).float()
@@ -140,6 +142,7 @@ def test_a_folded_and_rotated_block_is_the_same_function(bias, what):
     turn = eye(64) if residual is None else residual
     got = _run(layer, model, rotated, (hidden.double() @ turn).float()).double() @ turn.T
     assert_same_function(got.float(), want)
+    assert all(torch.equal(rotated[f"{norm}.weight"], gain.float()) for norm, gain in gains.items())
     if what != "fold":
         assert any(not torch.equal(rotated[name], fold_norms(weights, family)[name]) for name in weights)
 

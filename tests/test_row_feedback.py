@@ -22,7 +22,7 @@ from rosaq.pipeline.source import DenseModel
 from rosaq.pipeline.workspace import Workspace
 from rosaq.quantizers import NotPositiveDefiniteError, RowFeedback, quantize_weight, quantize_with_basis
 from rosaq.recipes import make_recipe
-from rosaq.specs import CalibrationSpec, QuantSpec, Recipe, RowSpec
+from rosaq.specs import CalibrationSpec, QuantSpec, Recipe, RotationSpec, RowSpec
 from tests.models import SMALL, TEXT, save_dense, tiny_llama
 from tests.tolerances import assert_tight
 
@@ -144,7 +144,7 @@ def test_moments_that_do_not_fit_are_refused():
 
 # without tuning, and at all sites
 ROWS = make_recipe("rosaq-gptq", salient=2, group_size=32, preset="fast")
-ROWS = replace(ROWS, rows=RowSpec(parts=4, sequences=5))
+ROWS = replace(ROWS, rows=RowSpec(parts=4, sequences=5), rotation=RotationSpec("pca-random", "random", "hadamard"))
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_moments_follow_the_stream_into_the_basis_that_the_budget_leaves(dense, 
     before.choose_rotations()
     before.measure_predictions()
     unmixed = before.output_moments(1)["self_attn.o_proj"]
-    before.mix_unkept_axes()
+    before.settle_rotations()
     after.rotations = before.rotations
     after.measure_predictions()
     turned, straight = before.output_moments(1), after.output_moments(1)

@@ -36,11 +36,11 @@ def variants() -> dict[str, Recipe]:
     return {
         "as shipped": SHIPPED,
         "tokens weigh the same": replace(SHIPPED, importance=ImportanceSpec("uniform")),
-        "no principal directions on the residual stream": replace(
-            SHIPPED,
-            rotation=replace(rotation, residual="random"),
-            salient=replace(salient, count=0),
+        "no principal directions on the residual stream": replace(SHIPPED, salient=replace(salient, count=0)),
+        "rotations drawn, not fitted": replace(
+            SHIPPED, rotation=replace(rotation, residual="pca-random", values="random")
         ),
+        "rotations of values drawn, not fitted": replace(SHIPPED, rotation=replace(rotation, values="random")),
         "one direction a site at most": replace(SHIPPED, budget=replace(SHIPPED.budget, most=1)),
         "bases of two at o_proj and down_proj": replace(SHIPPED, salient=SalientSpec(2, basis=("values", "hidden"))),
         "no rotation, the largest channels in 16 bits": replace(

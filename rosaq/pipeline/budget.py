@@ -65,9 +65,10 @@ class SiteFacts:
         return sum(k * n for k, n in self.sizes)
 
     def loss(self, choice: SiteChoice) -> float:
-        """Expected cost of the site's rounding errors."""
-        left = self.sizes[0][0] - choice.num_salient
-        variance = float(torch.exp(self.log_rest[choice.num_salient] / left))
+        """Expected cost of the site's rounding errors; more directions than may be kept count as that many."""
+        kept = min(choice.num_salient, len(self.kept))
+        left = self.sizes[0][0] - kept
+        variance = float(torch.exp(self.log_rest[kept] / left))
         return self.sensitivity * left * variance * self.squared_step[choice.bits] / 12
 
     def bits(self, choice: SiteChoice) -> int:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from rosaq.calibrate import Gram, SiteGradients, Tokens
+from rosaq.models import Family
 from rosaq.quantizers import NotPositiveDefiniteError, inverse_factor
+from rosaq.rotation import BlockRotations, inverse_transpose
 
 Tensors = dict[str, Tensor]
 
@@ -49,6 +51,25 @@ class OutputMoments:
                     gram.add_tokens(Tokens(part.slopes[linear].float(), weight))
                 result[linear] = gram.mean().float()
         return result
+
+
+def in_other_basis(moments: Tensors, family: Family, before: BlockRotations, after: BlockRotations) -> Tensors:
+    """Moments {linear: H [n, n]} of a block that was rotated by `before`, as those of the same block rotated by
+    `after`, float64: outputs of writers are in the basis of the stream, values in those of their heads."""
+    found = {name: h.double() for name, h in moments.items()}
+    if before.residual is not None and after.residual is not None and after.residual is not before.residual:
+        turn = before.residual.T @ after.residual
+        found |= {name: turn.T @ h @ turn for name, h in found.items() if name in family.writers}
+    if (
+        before.values is not None
+        and after.values is not None
+        and after.values is not before.values
+        and (family.value in found)
+    ):
+        # v' = v M, so the gradient is multiplied by M⁻ᵀ
+        turn = torch.block_diag(*inverse_transpose(torch.linalg.inv(before.values) @ after.values))
+        found[family.value] = turn.T @ found[family.value] @ turn
+    return found
 
 
 def _leverage(parts: list[Tensor], damping: float) -> list[Tensor]:

@@ -40,7 +40,7 @@ from rosaq.specs import CalibrationSpec, Recipe
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """One step done: stage "axes", "blocks", "tuning", "head" or "write", number of the block, tuning step or part of
+    """One step done: stage "axes", "fit", "blocks", "tuning", "head" or "write", number of the block, step or part of
     the head (from 0) and how many there are, mean SQNR of the block's linears in dB."""
 
     stage: str
@@ -162,7 +162,7 @@ def quantize(
         run = Run(dense, chosen, spec, input_ids, work, report)
         run.choose_rotations()
         run.measure_predictions()
-        run.mix_unkept_axes()
+        run.settle_rotations()
         run.quantize_blocks()
         run.tune_model()
         error = run.check_logits()

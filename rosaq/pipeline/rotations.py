@@ -24,7 +24,7 @@ from rosaq.rotation import (
 from rosaq.specs import Recipe
 
 _SINK = 256  # times the median energy
-_ONLINE = "online."
+_ONLINE, _GAINS = "online.", "gains."
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,18 @@ class Spectrum:
 @dataclass(frozen=True)
 class Rotations:
     """residual [d, d] float64, shared by all blocks; values[i] [num_kv_heads, head_dim, head_dim] float64 of block i;
-    online {site name: [1, b, b] float16}, the same in every block; of the head too. spectrum: None without PCA."""
+    online {site name: [1, b, b] float16}, the same in every block; of the head too; gains {norm: [num_blocks, d]
+    float64}, as in `BlockRotations`. spectrum: None without PCA."""
 
     residual: Tensor | None = None
     values: list[Tensor] | None = None
     online: dict[str, Tensor] = field(default_factory=dict)
+    gains: dict[str, Tensor] = field(default_factory=dict)
     spectrum: Spectrum | None = None
 
     def of_block(self, index: int) -> BlockRotations:
-        return BlockRotations(self.residual, self.values[index] if self.values else None, self.online)
+        gains = {norm: gain[index] for norm, gain in self.gains.items()}
+        return BlockRotations(self.residual, self.values[index] if self.values else None, self.online, gains)
 
     def to(self, device: torch.device) -> Rotations:
         """These, on `device`: random ones are drawn on the CPU, so that a seed means the same everywhere."""
@@ -61,6 +64,7 @@ class Rotations:
             None if self.residual is None else self.residual.to(device),
             None if self.values is None else [value.to(device) for value in self.values],
             {site: block.to(device) for site, block in self.online.items()},
+            {norm: gain.to(device) for norm, gain in self.gains.items()},
             self.spectrum,
         )
 
@@ -71,6 +75,7 @@ class Rotations:
             named |= {"spectrum": self.spectrum.all_tokens, "calm_spectrum": self.spectrum.without_sinks}
             named["sink_share"] = torch.tensor(self.spectrum.sink_share, dtype=torch.float64)
         named |= {f"{_ONLINE}{site}": block for site, block in self.online.items()}
+        named |= {f"{_GAINS}{norm}": gain for norm, gain in self.gains.items()}
         if self.values:
             named["values"] = torch.stack(self.values)
         return {name: tensor for name, tensor in named.items() if tensor is not None}
@@ -78,11 +83,14 @@ class Rotations:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Rotations:
         values = list(tensors["values"]) if "values" in tensors else None
-        online = {name.removeprefix(_ONLINE): tensor for name, tensor in tensors.items() if name.startswith(_ONLINE)}
+        online, gains = (
+            {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            for prefix in (_ONLINE, _GAINS)
+        )
         spectrum = None
         if "spectrum" in tensors:
             spectrum = Spectrum(tensors["spectrum"], tensors.get("calm_spectrum"), float(tensors["sink_share"]))
-        return cls(tensors.get("residual"), values, online, spectrum)
+        return cls(tensors.get("residual"), values, online, gains, spectrum)
 
 
 def choose_rotations(
@@ -101,7 +109,7 @@ def choose_rotations(
     )
     residual, values, spectrum = None, None, None
     if spec.residual == "random":
-        residual = random_orthogonal(sizes.hidden, _generator(seed, "residual"))
+        residual = random_orthogonal(sizes.hidden, generator_for(seed, "residual"))
     elif "pca" in spec.residual:
         assert grams is not None
         eigenvalues, axes = principal_axes(grams.residual)
@@ -110,16 +118,16 @@ def choose_rotations(
         num_principal = recipe.salient.count_at("residual")
         if num_principal and not recipe.budget.is_fixed:
             num_principal = min(recipe.budget.most, sizes.hidden // 4)
-        tail = pca_random_tail(grams.residual, num_principal, _generator(seed, "residual"))
+        tail = pca_random_tail(grams.residual, num_principal, generator_for(seed, "residual"))
         residual = axes if spec.residual == "pca" else tail
-    if spec.values == "random":
+    if spec.values in ("random", "fitted"):  # what is fitted starts from there
         heads = range(sizes.num_blocks * sizes.num_kv_heads)
-        drawn = [random_orthogonal(sizes.head_dim, _generator(seed, f"values.{head}")) for head in heads]
+        drawn = [random_orthogonal(sizes.head_dim, generator_for(seed, f"values.{head}")) for head in heads]
         values = list(torch.stack(drawn).unflatten(0, (sizes.num_blocks, sizes.num_kv_heads)))
     elif spec.values == "pca":
         assert grams is not None
         values = [torch.stack([principal_axes(gram)[1] for gram in block]) for block in grams.values]
-    return Rotations(residual, values, _online_blocks(model, recipe), spectrum).to(model.device)
+    return Rotations(residual, values, _online_blocks(model, recipe), spectrum=spectrum).to(model.device)
 
 
 def mix_unkept(rotations: Rotations, num_kept: int, seed: int) -> Rotations:
@@ -130,7 +138,7 @@ def mix_unkept(rotations: Rotations, num_kept: int, seed: int) -> Rotations:
     """
     assert rotations.residual is not None
     kept, rest = rotations.residual[:, :num_kept], rotations.residual[:, num_kept:]
-    mixed = rest @ random_orthogonal(rest.shape[1], _generator(seed, "unkept")).to(rest)
+    mixed = rest @ random_orthogonal(rest.shape[1], generator_for(seed, "unkept")).to(rest)
     return replace(rotations, residual=torch.cat([kept, mixed], dim=1))
 
 
@@ -217,6 +225,6 @@ def _add_heads(grams: list[Gram], x: Tensor, head_dim: int) -> None:
         gram.add_tokens(Tokens(per_kv[:, kv].flatten(0, 1)))
 
 
-def _generator(seed: int, purpose: str) -> torch.Generator:
+def generator_for(seed: int, purpose: str) -> torch.Generator:
     """A stream of random numbers of its own for each purpose, so that one draw more here changes nothing there."""
     return torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(purpose.encode()))

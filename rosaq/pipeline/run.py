@@ -12,6 +12,7 @@ from torch import Tensor
 from rosaq.calibrate import num_ranks, own_share, site_gradients
 from rosaq.pipeline.block import BlockTask, Streams, online, quantize_block, runnable
 from rosaq.pipeline.budget import Choices, same_everywhere
+from rosaq.pipeline.fitting import Fitting
 from rosaq.pipeline.head import final_gain, head_rows, quantize_head
 from rosaq.pipeline.memory import release_freed_memory
 from rosaq.pipeline.plan import Plan
@@ -51,7 +52,7 @@ class Run:
         self.divergence: tuple[float, float] | None = None
         self._dense_outputs: list[Tensor] = []
         self._sweep = Sweep(recipe, dense.passes, work)
-        self._mixing: Tensor | None = None  # [d, d] float64, from the stream of the sweep to this one
+        self._swept = Rotations()  # what the sweep saw
         self._probe: Probe | None = None
 
     def choose_rotations(self) -> None:
@@ -63,7 +64,7 @@ class Run:
             self._work.save("rotations", chosen, {})
             saved = self._work.load("rotations")  # by every rank: two GPUs need not find the same last bits
             assert saved is not None
-        self.rotations = Rotations.from_tensors(saved[0])
+        self.rotations = self._swept = Rotations.from_tensors(saved[0])
 
     def _chosen_rotations(self) -> Rotations:
         enough = max(num_ranks(), _AXES_TOKENS // (self._spec.batch_size * self._spec.sequence_length))
@@ -92,25 +93,31 @@ class Run:
             self._sweep.keep(found, self.rotations, self._rotated_dense, ids.numel())
         self.choices = self._sweep.choices() or self.choices
 
-    def mix_unkept_axes(self) -> None:
-        """Principal axes that the budget left to no site (there are as many as a site could have had) join the mixed
-        rest: as channels of their own they would be what rows range over."""
-        if self._recipe.budget.is_fixed or self._recipe.rotation.residual != "pca-random":
+    def settle_rotations(self) -> None:
+        """What had to wait for the budget. Principal axes that it left to no site (there are as many as a site could
+        have had) join the mixed rest: as channels of their own they would be what rows range over. And where the recipe
+        fits rotations to the weights, it is done now that it is known which axes are kept and what errors cost."""
+        spec, is_fixed = self._recipe.rotation, self._recipe.budget.is_fixed
+        if not spec.is_fitted and (is_fixed or not spec.keeps_axes_apart):
             return
-        saved = self._work.load("mixed")
+        saved = self._work.load("settled")
         if saved is None:
-            mixed = mix_unkept(self.rotations, self.plan.num_kept_axes, self._spec.seed)
-            self._work.save("mixed", mixed.to_tensors(), {})
-            saved = self._work.load("mixed")  # by every rank, as the rotations
+            self._work.save("settled", self._settled().to_tensors(), {})
+            saved = self._work.load("settled")  # by every rank, as the rotations
             assert saved is not None
-        before, self.rotations = self.rotations.residual, Rotations.from_tensors(saved[0])
-        assert before is not None
-        assert self.rotations.residual is not None
-        self._mixing = before.T @ self.rotations.residual
+        self.rotations = Rotations.from_tensors(saved[0])
+
+    def _settled(self) -> Rotations:
+        spec, seed, kept = self._recipe.rotation, self._spec.seed, self.plan.num_kept_axes
+        if not spec.is_fitted:
+            return mix_unkept(self.rotations, kept, seed)
+        fitting = Fitting(self._dense, self.rotations, self._sweep.costs(), kept, seed)
+        return fitting.fitted(spec, lambda done, steps: self._report("fit", done - 1, total=steps))
 
     def output_moments(self, index: int) -> Tensors:
-        """Of block `index`, {linear: H}, in the stream as it is rotated now; empty without feedback between rows."""
-        return self._sweep.output_moments(index, self._mixing)
+        """Of block `index`, {linear: H}, in the bases that it is rotated into now; empty without feedback between
+        rows."""
+        return self._sweep.output_moments(index, self._swept, self.rotations)
 
     def _rotated_dense(self, index: int) -> Tensors:
         """The weights of block `index`, folded and rotated."""

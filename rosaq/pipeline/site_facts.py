@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
+import torch
 from torch import Tensor
 
 from rosaq.calibrate import BlockModel, Gram, SiteGradients, Tokens
@@ -33,6 +34,7 @@ class SiteMeter:
         self._model, self._recipe, self._rotations, self._index = model, recipe, rotations, index
         self._grams: dict[str, Gram] = {}
         self._costs: dict[str, float] = {}
+        self._of_rows: Tensors = {}
 
     def add(self, found: SiteGradients) -> None:
         """More tokens of one of the sites."""
@@ -41,6 +43,16 @@ class SiteMeter:
         x = found.x if turned is None else rotate_blocks(found.x.float(), turned)
         self._costs[stage] = self._costs.get(stage, 0.0) + float(cost.double().sum())
         self._grams.setdefault(stage, Gram(x.shape[1], x.device)).add_tokens(Tokens(x, cost))
+        for name, slope in found.slopes.items():
+            squares = slope.double().square().sum(0)
+            self._of_rows[name] = squares + self._of_rows.get(name, torch.zeros_like(squares))
+
+    def costs_of_rows(self, num_tokens: int) -> Tensors:
+        """{linear: [n] bfloat16}: the mean squared gradient at each output, 0 for an expert that no token went to.
+        Three digits, because hundreds of steps follow from them, in which the last bits of sums would decide."""
+        sizes = self._model.linear_sizes()
+        found = {name: self._of_rows.get(name, torch.zeros(n)) for name, (_, n) in sizes.items()}
+        return {name: (squares / num_tokens).bfloat16() for name, squares in found.items()}
 
     def facts(self, weights: Tensors, num_tokens: int) -> dict[str, SiteFacts]:
         """{stage: its facts} of the block with `weights`, folded and rotated; num_tokens: that went through it."""

@@ -20,7 +20,14 @@ from rich.progress import (
 if TYPE_CHECKING:
     from rosaq.pipeline import ProgressEvent
 
-STAGES = {"axes": "finding axes", "blocks": "quantising", "tuning": "tuning", "head": "head", "write": "writing"}
+STAGES = {
+    "axes": "finding axes",
+    "fit": "fitting axes",
+    "blocks": "quantising",
+    "tuning": "tuning",
+    "head": "head",
+    "write": "writing",
+}
 
 
 def _bar() -> Progress:

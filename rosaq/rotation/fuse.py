@@ -21,11 +21,14 @@ _ROWS_AT_ONCE = 8192
 @dataclass(frozen=True)
 class BlockRotations:
     """The rotations of one block. residual [d, d] and values [num_kv_heads, head_dim, head_dim] are float64 and
-    folded, None: identity; online: {site name: [B, b, b] float16}, applied to the site's input when it runs."""
+    folded, None: identity. residual is orthogonal, values may be any invertible matrices. online: {site name: [B, b, b]
+    float16}, applied to the site's input when it runs. gains: {norm: [d] float64}, what the norm multiplies the
+    channels of the rotated stream by, and the linears behind it divide them by; none for 1."""
 
     residual: Tensor | None = None
     values: Tensor | None = None
     online: dict[str, Tensor] = field(default_factory=dict)
+    gains: dict[str, Tensor] = field(default_factory=dict)
 
 
 def fold_norms(block: Tensors, family: Family) -> Tensors:
@@ -52,8 +55,10 @@ def rotate_block(block: Tensors, rotations: BlockRotations, family: Family, size
     wide = {name: tensor.double() for name, tensor in block.items() if name.rpartition(".")[0] in turned}
     if rotations.residual is not None:
         for site in family.sites_reading("residual"):
+            gain = rotations.gains.get(site.norm)
             for reader in site.linears + site.kept:
-                wide[f"{reader}.weight"] = wide[f"{reader}.weight"] @ rotations.residual
+                turn = rotations.residual if gain is None else rotations.residual / gain
+                wide[f"{reader}.weight"] = wide[f"{reader}.weight"] @ turn
         for linear in family.writers:
             wide[f"{linear}.weight"] = rotations.residual.T @ wide[f"{linear}.weight"]
             if f"{linear}.bias" in wide:
@@ -65,18 +70,21 @@ def rotate_block(block: Tensors, rotations: BlockRotations, family: Family, size
             back = inverse_transpose(rotations.online[site.name])
             for linear in site.linears:
                 wide[f"{linear}.weight"] = rotate_blocks(wide[f"{linear}.weight"], back)
-    return {name: wide[name].float() if name in wide else tensor for name, tensor in block.items()}
+    norms = {f"{norm}.weight": (gain - family.gain_offset).float() for norm, gain in rotations.gains.items()}
+    return {name: wide[name].float() if name in wide else tensor for name, tensor in (block | norms).items()}
 
 
 def _rotate_values(wide: Tensors, rotation: Tensor, family: Family, sizes: Sizes) -> None:
-    """Rotate every value head: v_proj's output rows (and bias), and the same head's columns of its reader."""
+    """Turn every value head, v' = v T: v_proj's output rows (and bias), and by T⁻ᵀ the same head's columns of its
+    reader."""
     heads = (sizes.num_kv_heads, sizes.head_dim)
     value = wide[f"{family.value}.weight"].unflatten(0, heads)  # [kv, head_dim, hidden]
     wide[f"{family.value}.weight"] = (rotation.transpose(1, 2) @ value).flatten(0, 1)
     if f"{family.value}.bias" in wide:
         bias = wide[f"{family.value}.bias"].unflatten(0, heads)
         wide[f"{family.value}.bias"] = torch.einsum("hi,hij->hj", bias, rotation).flatten()
-    per_head = rotation.repeat_interleave(sizes.num_heads // sizes.num_kv_heads, dim=0)  # grouped queries share it
+    back = inverse_transpose(rotation)
+    per_head = back.repeat_interleave(sizes.num_heads // sizes.num_kv_heads, dim=0)  # grouped queries share it
     for site in family.sites_reading("values"):
         for linear in site.linears:
             wide[f"{linear}.weight"] = rotate_blocks(wide[f"{linear}.weight"], per_head)

@@ -69,7 +69,7 @@ class Recipe:
     @property
     def has_principal_directions(self) -> bool:
         """True where sites that read the residual stream know principal directions, by a rotation or a basis."""
-        return self.rotation.residual in ("pca", "pca-random", "dense") or self.salient.is_basis("residual")
+        return "pca" in self.rotation.residual or self.rotation.residual == "dense" or self.salient.is_basis("residual")
 
     @property
     def needs_tokens(self) -> bool:

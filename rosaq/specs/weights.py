@@ -72,18 +72,28 @@ class RotationSpec:
     """Which rotations are applied, and where.
 
     residual    folded into the weights: "none", "random" (randomised Hadamard or Haar), "pca" (principal axes in
-                order of eigenvalue), "pca-random" (salient principal axes first, random basis of the rest). Or online
-                at every site that reads the stream: "hadamard" (shared block), where nothing can be folded, or "dense".
-    values      per key-value head, folded into v_proj and o_proj: "none", "random", "pca". Or online: "dense".
+                order of eigenvalue), "pca-random" (salient principal axes first, random basis of the rest),
+                "pca-fitted" (the same, and the rest fitted to the weights that few levels are to stand for, with gains
+                of the norms that give their columns equal energy). Or online at every site that reads the stream:
+                "hadamard" (shared block), where nothing can be folded, or "dense".
+    values      per key-value head, folded into v_proj and o_proj: "none", "random", "pca", "fitted" (to o_proj, with a
+                scale a channel). Or online: "dense".
     mlp_out     online at down_proj's input: "none", "hadamard" (shared block), "dense".
 
     "dense" is the site's own principal axes as one [1, k, k] matrix, made with the site's codes: ROSAQ per layer, to
     the letter. It takes more bytes than the codes.
+
+    fit_steps   that "pca-fitted" takes, each over the weights of one block.
     """
 
-    residual: Literal["none", "random", "pca", "pca-random", "hadamard", "dense"] = "none"
-    values: Literal["none", "random", "pca", "dense"] = "none"
+    residual: Literal["none", "random", "pca", "pca-random", "pca-fitted", "hadamard", "dense"] = "none"
+    values: Literal["none", "random", "pca", "fitted", "dense"] = "none"
     mlp_out: Literal["none", "hadamard", "dense"] = "none"
+    fit_steps: int = 480
+
+    def __post_init__(self) -> None:
+        if self.fit_steps < 1:
+            raise ValueError(f"fit_steps: got {self.fit_steps}, need at least 1")
 
     @property
     def _kinds(self) -> dict[str, str]:
@@ -97,7 +107,17 @@ class RotationSpec:
     @property
     def folds_residual(self) -> bool:
         """True where the residual stream itself is rotated, by weights that have the rotation folded in."""
-        return self.residual in ("random", "pca", "pca-random")
+        return self.residual in ("random", "pca", "pca-random", "pca-fitted")
+
+    @property
+    def keeps_axes_apart(self) -> bool:
+        """True where principal axes that a site keeps come first, and whatever is left is mixed."""
+        return self.residual in ("pca-random", "pca-fitted")
+
+    @property
+    def is_fitted(self) -> bool:
+        """True where any rotation is fitted to the weights."""
+        return self.residual == "pca-fitted" or self.values == "fitted"
 
     def is_dense(self, reads: str) -> bool:
         """True where the sites that read `reads` rotate their input online by their own principal axes."""
