@@ -27,7 +27,7 @@ CASES = {
     "rosaq": {"recipe": "rosaq", "group_size": 32, "salient": 4},
     "layer": {"recipe": "rosaq-layer", "group_size": 32, "salient": 4},
     "quarot": {"recipe": "quarot", "group_size": 32, "importance": "chunks"},
-    "tuned": {"recipe": "rosaq-gptq", "group_size": 32, "salient": 2, "preset": "best"},
+    "tuned": {"recipe": "rosaq-gptq", "group_size": 32, "salient": 2, "preset": "default"},
     "budget": {"recipe": "rosaq-gptq", "target_bits": 4.2, "head_bits": 4, "preset": "fast"},
     "mixture": {"recipe": "rosaq-gptq", "group_size": 32, "salient": 2, "preset": "fast"},
 }

@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from rosaq.models import Site
+from rosaq.models import Reads, Site
 from rosaq.pipeline.rotations import Rotations, generator_for
 from rosaq.pipeline.source import DenseModel
 from rosaq.rotation import (
@@ -62,67 +62,62 @@ class Fitting:
         kept, rest = before[:, : self._num_kept], before[:, self._num_kept :]
         moments, generator = torch.zeros_like(before), generator_for(self._seed, "fitted")
         for index in range(blocks):
-            for weight in self._stream_weights(index, None):
-                if not weight.writes:
-                    rows = weight.weight.double()
-                    moments += weight.share * (rows.T @ rows) / rows.square().sum().clamp_min(1e-30)
+            for _, rows, share in self._reading(index, self._dense.block(index)):
+                wide = rows.double()
+                moments += share * (wide.T @ wide) / wide.square().sum().clamp_min(1e-30)
         start = start_basis(moments, rest, generator)
 
         def batches() -> Iterator[list[StreamWeight]]:
             order: list[int] = []
             for step in range(steps):
                 order = order or torch.randperm(blocks, generator=generator).tolist()
-                yield list(self._stream_weights(order.pop(), generator))
+                yield self._batch(order.pop(), generator)
                 progress(step + 1, steps)
 
         return torch.cat([kept, fit_basis(start, batches(), steps)], 1)
 
-    def _stages(self, index: int) -> Iterator[tuple[list[Site], float]]:
-        """(sites, share of the loss) of each stage of a block: a site, or that of all experts."""
-        for stage, sites in groupby(self._family.sites, key=lambda site: site.stage):
-            yield list(sites), self._costs.shares[index][stage]
-
-    def _stream_weights(self, index: int, generator: torch.Generator | None) -> Iterator[StreamWeight]:
-        """Of block `index`: what reads the stream, a stage at once, and what writes into it from hidden layers (heads
-        have a rotation of their own). With a generator at most so many of their rows, drawn."""
+    def _batch(self, index: int, generator: torch.Generator) -> list[StreamWeight]:
+        """What block `index` has beside the stream, as far as a step looks at it."""
         block = self._dense.block(index)
-        costs = self._costs.of_rows(index)
-        for sites, share in self._stages(index):
-            if sites[0].reads == "residual":
-                rows = self._readers(sites, block, costs)
-                yield StreamWeight(_drawn(rows, generator), share)
-            writers = [name for site in sites for name in site.linears if name in self._family.writers]
-            if sites[0].reads == "hidden" and writers and generator is not None:
-                online = self._rotations.online.get(sites[0].name)
-                every = [block[f"{name}.weight"] for name in writers]
-                turned = every if online is None else [rotate_blocks(w, inverse_transpose(online)) for w in every]
-                columns = torch.cat([w.T for w in turned])
-                yield StreamWeight(_drawn(columns, generator).T, share, writes=True)
+        reading = [StreamWeight(_drawn(r, generator), share) for _, r, share in self._reading(index, block)]
+        writing = [(_drawn(columns, generator), share) for columns, share in self._writing(index, block)]
+        return reading + [StreamWeight(columns.T, share, writes=True) for columns, share in writing]
 
-    def _readers(self, sites: list[Site], block: Tensors, costs: Tensors) -> Tensor:
-        """Rows [n, d] of all linears of a stage that reads the stream, their norm's gain folded in, each times the root
-        of what its errors cost."""
-        gain = block[f"{sites[0].norm}.weight"] + self._family.gain_offset
-        parts = [
-            block[f"{name}.weight"] * gain * costs[name].to(gain).sqrt()[:, None]
-            for site in sites
-            for name in site.linears
-        ]
-        return torch.cat(parts)
+    def _reading(self, index: int, block: Tensors) -> Iterator[tuple[str, Tensor, float]]:
+        """(norm, rows [n, d], share of the loss) of each stage of a block that reads the stream: a site, or that of all
+        experts. The rows have the norm's gain folded in, and are each times the root of what its errors cost."""
+        costs = self._costs.of_rows(index)
+        for stage, sites in self._stages("residual"):
+            norm, linears = sites[0].norm, [linear for site in sites for linear in site.linears]
+            gain = block[f"{norm}.weight"] + self._family.gain_offset
+            rows = [block[f"{name}.weight"] * gain * costs[name].to(gain).sqrt()[:, None] for name in linears]
+            yield norm, torch.cat(rows), self._costs.shares[index][stage]
+
+    def _writing(self, index: int, block: Tensors) -> Iterator[tuple[Tensor, float]]:
+        """(columns [k, d], share of the loss) of each stage of a block that writes hidden layers into the stream, as
+        rotated online. Not of attention: what its heads are rotated by is fitted to its columns."""
+        for stage, sites in self._stages("hidden"):
+            online = self._rotations.online.get(sites[0].name)
+            weights = [block[f"{name}.weight"] for site in sites for name in site.linears]
+            if online is not None:
+                weights = [rotate_blocks(weight, inverse_transpose(online)) for weight in weights]
+            yield torch.cat([weight.T for weight in weights]), self._costs.shares[index][stage]
+
+    def _stages(self, reads: Reads) -> Iterator[tuple[str, list[Site]]]:
+        for stage, sites in groupby(self._family.sites_reading(reads), key=lambda site: site.stage):
+            yield stage, list(sites)
 
     def _gains(self, residual: Tensor) -> dict[str, Tensor]:
         """{norm: [blocks, d] float64}: what gives the columns behind it equal energy, as the norm stores it; 1 for the
         axes that are kept."""
         found: dict[str, list[Tensor]] = {}
         for index in range(self._dense.blocks.sizes.num_blocks):
-            block, costs = self._dense.block(index), self._costs.of_rows(index)
-            for sites, _ in self._stages(index):
-                if sites[0].reads == "residual":
-                    rows = self._readers(sites, block, costs).double() @ residual[:, self._num_kept :]
-                    gain = residual.new_ones(len(residual))
-                    gain[self._num_kept :] = even_scales(rows.square().sum(0))
-                    stored = (gain - self._family.gain_offset).to(self._dense.dtype).double()
-                    found.setdefault(sites[0].norm, []).append(stored + self._family.gain_offset)
+            for norm, rows, _ in self._reading(index, self._dense.block(index)):
+                turned = rows.double() @ residual[:, self._num_kept :]
+                gain = residual.new_ones(len(residual))
+                gain[self._num_kept :] = even_scales(turned.square().sum(0))
+                stored = (gain - self._family.gain_offset).to(self._dense.dtype).double()
+                found.setdefault(norm, []).append(stored + self._family.gain_offset)
         return {norm: torch.stack(gains) for norm, gains in found.items()}
 
     def _heads(self, index: int, residual: Tensor | None, start: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ that makes them), it can give all of them the same energy, and what is left fall
 energies: a basis that makes those unequal is a good one. And rows with light tails lose less than Gaussian ones, which
 is what rows are in a random basis. Both are functions of the weights alone, smooth in the basis, and much cheaper than
 rounding.
-(SpinQuant, arXiv 2405.16406, and KurTail, arXiv 2503.01483, fit rotations to the activations that they quantise.)
+
+SpinQuant (arXiv 2405.16406) fits rotations by the loss of a model whose activations are quantised, KurTail (arXiv
+2503.01483) by the tails of those activations; here it is the weights that are.
 """
 
 from __future__ import annotations
