@@ -54,8 +54,8 @@ def made(dense, tmp_path_factory):
 
 
 def is_same(name, here, there):
-    """One in eight salient weights may differ by less than float16 holds of the largest: what is left of a column beside its
-    codes can be small, and what was tuned before that was taken off was not."""
+    """One in eight salient weights may differ by less than float16 holds of the largest: what is left of a column
+    beside its codes can be small, and what was tuned before that was taken off was not."""
     if name.endswith("salient_weight"):
         off = (here.float() - there.float()).abs()
         return bool(off.max() <= 2**-11 * there.float().abs().max()) and int(off.count_nonzero()) <= off.numel() // 8
