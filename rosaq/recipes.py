@@ -50,21 +50,21 @@ DEFAULT_RECIPE = "rosaq-gptq"
 
 @dataclass(frozen=True)
 class Preset:
-    """How much work a run puts into any recipe: calibration windows, the steps of tuning block by block and of the
-    whole model as multiples of the recipe's, whether rows hear of each other's errors, where the recipe says how, and
-    the steps that fit rotations to the weights, where it has such (docs/accuracy.md has what they buy and cost)."""
+    """How much work a run puts into any recipe: calibration windows; the steps of tuning block by block, of the whole
+    model and of fitting rotations, as multiples of the recipe's; and whether rows hear of each other's errors, where
+    the recipe says how (docs/accuracy.md has what they buy and cost)."""
 
     num_sequences: int
     steps: int
     model_steps: int
+    fit_steps: float
     has_rows: bool
-    fit_steps: int
 
 
 PRESETS = {
-    "fast": Preset(32, 0, 0, has_rows=False, fit_steps=120),
-    "default": Preset(128, 1, 1, has_rows=True, fit_steps=480),
-    "best": Preset(512, 4, 4, has_rows=True, fit_steps=1200),
+    "fast": Preset(32, 0, 0, 0.25, has_rows=False),
+    "default": Preset(128, 1, 1, 1, has_rows=True),
+    "best": Preset(512, 4, 4, 2.5, has_rows=True),
 }
 DEFAULT_PRESET = "default"
 
@@ -124,7 +124,9 @@ def make_recipe(
     times, steps = preset_of(preset), recipe.tune
     tune = replace(steps, steps=steps.steps * times.steps, model_steps=steps.model_steps * times.model_steps)
     rows = recipe.rows if times.has_rows else replace(recipe.rows, parts=1)
-    rotation = replace(recipe.rotation, fit_steps=times.fit_steps) if recipe.rotation.is_fitted else recipe.rotation
+    rotation = recipe.rotation
+    if rotation.is_fitted:
+        rotation = replace(rotation, fit_steps=max(1, round(rotation.fit_steps * times.fit_steps)))
     changed = replace(
         recipe, quant=quant, rotation=rotation, salient=chosen, importance=listened, tune=tune, budget=budget, rows=rows
     )

@@ -206,4 +206,7 @@ def test_steps_are_checked_and_presets_take_more_or_fewer():
         RotationSpec("pca-fitted", fit_steps=0)
     steps = [make_recipe("rosaq-gptq", preset=name).rotation.fit_steps for name in ("fast", "default", "best")]
     assert steps == sorted(set(steps))
+    own = make_recipe("rosaq-gptq")
+    own = replace(own, rotation=replace(own.rotation, fit_steps=40))
+    assert make_recipe(own, preset="fast").rotation.fit_steps == 10
     assert make_recipe("quarot", preset="fast").rotation == make_recipe("quarot", preset="best").rotation

@@ -131,8 +131,8 @@ class Fitting:
         return fit_heads(rows.unflatten(1, (sizes.num_kv_heads, group, sizes.head_dim)), start)
 
 
-def _drawn(rows: Tensor, generator: torch.Generator | None) -> Tensor:
+def _drawn(rows: Tensor, generator: torch.Generator) -> Tensor:
     """Rows [n, d], or as many of them as a step looks at."""
-    if generator is None or len(rows) <= _AT_ONCE:
+    if len(rows) <= _AT_ONCE:
         return rows
     return rows[torch.randperm(len(rows), generator=generator)[:_AT_ONCE].to(rows.device)]

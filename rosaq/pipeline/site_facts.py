@@ -49,7 +49,7 @@ class SiteMeter:
 
     def costs_of_rows(self, num_tokens: int) -> Tensors:
         """{linear: [n] bfloat16}: the mean squared gradient at each output, 0 for an expert that no token went to.
-        Three digits, because hundreds of steps follow from them, in which the last bits of sums would decide."""
+        Eight bits of it, because hundreds of steps follow, in which the last bits of sums would decide."""
         sizes = self._model.linear_sizes()
         found = {name: self._of_rows.get(name, torch.zeros(n)) for name, (_, n) in sizes.items()}
         return {name: (squares / num_tokens).bfloat16() for name, squares in found.items()}
