@@ -10,7 +10,7 @@ import torch
 import rosaq.pipeline.fitting as fitting
 from rosaq.checkpoint import WeightReader
 from rosaq.layout import dequantize
-from rosaq.pipeline import quantize
+from rosaq.pipeline import quantize, run
 from rosaq.quantizers import quantize_weight
 from rosaq.recipes import make_recipe
 from rosaq.rotation import StreamWeight, even_scales, fit_basis, fit_heads, random_orthogonal, start_basis
@@ -189,6 +189,22 @@ def test_large_weights_are_looked_at_a_part_at_a_time(dense, tmp_path, monkeypat
     )
     quantize(dense, tmp_path / "out", target_bits=4.6, preset="fast", **SMALL)
     assert {tuple(size) for size in sizes} == {(48, 64), (64, 48)}
+
+
+def test_heads_alone_may_be_fitted_and_unkept_axes_are_mixed_all_the_same(dense, tmp_path, monkeypatch):
+    mixed = []
+    mix = run.mix_unkept
+    monkeypatch.setattr(run, "mix_unkept", lambda *given: mixed.append(mix(*given)) or mixed[0])
+    seen = []
+    heads = fitting.fit_heads
+    monkeypatch.setattr(fitting, "fit_heads", lambda *given: seen.append(heads(*given)) or seen[-1])
+    recipe = make_recipe("rosaq-gptq", preset="fast", target_bits=4.6, group_size=32)
+    recipe = replace(recipe, rotation=RotationSpec("pca-random", "fitted", "hadamard"))
+    made = quantize(dense, tmp_path / "out", recipe=recipe, preset="fast", **SMALL)
+    assert made.rotation_error < 1e-4
+    assert len(mixed) == 1
+    assert len(seen) == 2
+    assert (WeightReader(tmp_path / "out").get("model.layers.0.input_layernorm.weight") == 1).all()  # no gains
 
 
 @pytest.mark.parametrize("keeps", [0, 2])

@@ -98,7 +98,7 @@ class Run:
         have had) join the mixed rest: as channels of their own they would be what rows range over. And where the recipe
         fits rotations to the weights, it is done now that it is known which axes are kept and what errors cost."""
         spec, is_fixed = self._recipe.rotation, self._recipe.budget.is_fixed
-        if not spec.is_fitted and (is_fixed or not spec.keeps_axes_apart):
+        if not spec.is_fitted and (is_fixed or spec.residual != "pca-random"):
             return
         saved = self._work.load("settled")
         if saved is None:
@@ -109,9 +109,12 @@ class Run:
 
     def _settled(self) -> Rotations:
         spec, seed, kept = self._recipe.rotation, self._spec.seed, self.plan.num_kept_axes
+        rotations = self.rotations
+        if spec.residual == "pca-random" and not self._recipe.budget.is_fixed:
+            rotations = mix_unkept(rotations, kept, seed)
         if not spec.is_fitted:
-            return mix_unkept(self.rotations, kept, seed)
-        fitting = Fitting(self._dense, self.rotations, self._sweep.costs(), kept, seed)
+            return rotations
+        fitting = Fitting(self._dense, rotations, self._sweep.costs(), kept, seed)
         return fitting.fitted(spec, lambda done, steps: self._report("fit", done - 1, total=steps))
 
     def output_moments(self, index: int) -> Tensors:

@@ -110,11 +110,6 @@ class RotationSpec:
         return self.residual in ("random", "pca", "pca-random", "pca-fitted")
 
     @property
-    def keeps_axes_apart(self) -> bool:
-        """True where principal axes that a site keeps come first, and whatever is left is mixed."""
-        return self.residual in ("pca-random", "pca-fitted")
-
-    @property
     def is_fitted(self) -> bool:
         """True where any rotation is fitted to the weights."""
         return self.residual == "pca-fitted" or self.values == "fitted"
