@@ -27,7 +27,7 @@ CASES = {
     "rosaq": {"recipe": "rosaq", "group_size": 32, "salient": 4},
     "layer": {"recipe": "rosaq-layer", "group_size": 32, "salient": 4},
     "quarot": {"recipe": "quarot", "group_size": 32, "importance": "chunks"},
-    "tuned": {"recipe": "rosaq-gptq", "group_size": 32, "salient": 2, "preset": "default"},
+    "tuned": {"recipe": "rosaq-gptq", "group_size": 32, "salient": 2, "preset": "best"},
     "budget": {"recipe": "rosaq-gptq", "target_bits": 4.2, "head_bits": 4, "preset": "fast"},
     "mixture": {"recipe": "rosaq-gptq", "group_size": 32, "salient": 2, "preset": "fast"},
 }
@@ -54,11 +54,11 @@ def made(dense, tmp_path_factory):
 
 
 def is_same(name, here, there):
-    """One in eight salient weights may differ by less than float16 holds of the largest: what is left of a column
-    beside its codes can be small, and what was tuned before that was taken off was not."""
+    """A few salient weights may differ by less than float16 holds of the largest: what is left of a column beside its
+    codes can be small, and what was tuned before that was taken off was not."""
     if name.endswith("salient_weight"):
         off = (here.float() - there.float()).abs()
-        return bool(off.max() <= 2**-11 * there.float().abs().max()) and int(off.count_nonzero()) <= off.numel() // 8
+        return bool(off.max() <= 2**-11 * there.float().abs().max()) and int(off.count_nonzero()) <= 2
     return torch.equal(here, there)
 
 
