@@ -48,10 +48,13 @@ def seconds(model: Path, output: Path, preset: str, device: str) -> dict[str, An
 
     result = rosaq.quantize(model, output, preset=preset, device=device, progress=mark, force=True)
     first, second = done["blocks"]
+    axes = done["axes"][-1]
+    fitted = done["fit"][-1]
     return {
         "preset": preset,
-        "axes": done["axes"][-1],
-        "first_block": first - done["axes"][-1],
+        "axes": axes,
+        "fitting": fitted - axes,
+        "first_block": first - fitted,
         "second_block": second - first,
         "tuning_the_model": done["tuning"][-1] - second if "tuning" in done else 0.0,
         "all": result.seconds,

@@ -46,7 +46,7 @@ if [[ $parts == *" check "* ]]; then
     # The references are float64 on the CPU: with all threads in every worker they would wait for each other.
     export OMP_NUM_THREADS=2
     step conformance 90 "$python" -m pytest -q -m gpu tests/gpu/test_conformance.py &
-    step ops 150 "$python" -m pytest -q -n 6 tests/gpu/test_ops_gpu.py &
+    step ops 200 "$python" -m pytest -q -n 6 tests/gpu/test_ops_gpu.py &
     step panels 90 "$python" -m pytest -q tests/gpu/test_panels_gpu.py &
     step model 150 "$python" -m pytest -q -n 2 tests/gpu/test_model_gpu.py &
     step quantize 150 "$python" -m pytest -q -n 4 tests/gpu/test_quantize_gpu.py &
