@@ -151,6 +151,23 @@ def test_gptq_leaves_less_in_a_fitted_basis():
     assert left(fitted, gain) < 0.6 * left(random, torch.ones(k, dtype=torch.float64))
 
 
+@pytest.fixture
+def reads(monkeypatch):
+    """How often a block was read while a basis was fitted, for each basis."""
+    blocks, counts = [], []
+    block, fit = fitting.DenseModel.block, fitting.fit_basis
+    monkeypatch.setattr(fitting.DenseModel, "block", lambda *given: blocks.append(given) or block(*given))
+
+    def counted(*given):
+        blocks.clear()
+        found = fit(*given)
+        counts.append(len(blocks))
+        return found
+
+    monkeypatch.setattr(fitting, "fit_basis", counted)
+    return counts
+
+
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     return save_dense(tmp_path_factory.mktemp("dense") / "model", tiny_llama())
@@ -179,8 +196,14 @@ def test_what_is_kept_stays_and_norms_hold_the_gains(dense, tmp_path, monkeypatc
     assert all(not torch.equal(a, b) for a, b in zip(after.values, before.values, strict=True))
 
 
-def test_large_weights_are_looked_at_a_part_at_a_time(dense, tmp_path, monkeypatch):
-    """Rows are drawn anew each step: another part each time, and never more than was said."""
+def test_a_block_that_a_step_sees_whole_is_read_for_every_step(dense, tmp_path, reads):
+    quantize(dense, tmp_path / "out", preset="fast", **SMALL)
+    assert reads == [make_recipe(preset="fast").rotation.fit_steps]
+
+
+def test_large_weights_are_looked_at_a_part_at_a_time(dense, tmp_path, monkeypatch, reads):
+    """Rows are drawn anew each step: another part each time, and never more than was said. A block is read for a few
+    steps at once."""
     sizes = []
     loss = StreamWeight.loss
     monkeypatch.setattr(fitting, "_AT_ONCE", 48)
@@ -189,6 +212,7 @@ def test_large_weights_are_looked_at_a_part_at_a_time(dense, tmp_path, monkeypat
     )
     quantize(dense, tmp_path / "out", target_bits=4.6, preset="fast", **SMALL)
     assert {tuple(size) for size in sizes} == {(48, 64), (64, 48)}
+    assert reads == [make_recipe(preset="fast").rotation.fit_steps // 4]
 
 
 def test_heads_alone_may_be_fitted_and_unkept_axes_are_mixed_all_the_same(dense, tmp_path, monkeypatch):
