@@ -108,8 +108,9 @@ def row(n: int, k: int, m: int, bandwidth: float, rivals: Callable[[Tensor, int]
         "int3_asym": ours(x, n, 3, symmetric=False),
         "int3_salient128": ours(x, n, 3, r=128),
         "int3_rotation128": ours(x, n, 3, rotation=128),
-        # As the default recipe makes them: q/k/v, gate/up; down_proj.
-        "int3_rows": ours(x, n, 3, group=-1, symmetric=False, r=16),
+        # As the default recipe makes them: q/k/v, gate/up, mostly without channels in 16 bits; down_proj.
+        "int3_rows": ours(x, n, 3, group=-1, symmetric=False),
+        "int3_rows_salient16": ours(x, n, 3, group=-1, symmetric=False, r=16),
         "int3_rows_rotation": ours(x, n, 3, group=-1, symmetric=False, rotation=32),
         # q/k/v and gate/up of a family whose norms do not let rotations fold.
         "int3_rows_basis": ours(x, n, 3, group=-1, symmetric=False, basis=2, rotation=32),

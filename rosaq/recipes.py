@@ -26,9 +26,9 @@ RECIPES: dict[str, Recipe] = {
     "rosaq-basis": Recipe("rosaq-basis", _RTN, salient=SalientSpec(16, basis=("residual", "values", "hidden"))),
     # per layer to the letter: every site rotates its input by its own dense PCA matrix, larger than its codes
     "rosaq-layer": Recipe("rosaq-layer", _RTN, RotationSpec("dense", "dense", "dense"), SalientSpec(16, basis=())),
-    # ours: few principal directions in FP16, a basis of the rest fitted to the weights, second moments that listen to
-    # attended tokens, GPTQ with the salient columns as correctors and, in attention, with rows that make up for each
-    # other's errors, scales and codes once more, tuning block by block and as a whole.
+    # ours: principal directions in FP16 where they pay, a basis of the rest fitted to the weights, second moments that
+    # listen to attended tokens, GPTQ with the salient columns as correctors and, in attention, with rows that make up
+    # for each other's errors, scales and codes once more, tuning block by block and as a whole.
     # What the scales of groups would take goes into the fourth bit of those codes that gain most by it
     "rosaq-gptq": Recipe(
         "rosaq-gptq",

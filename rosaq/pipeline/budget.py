@@ -100,7 +100,7 @@ def share_out(facts: list[dict[str, SiteFacts]], spec: BudgetSpec, quant: QuantS
         share = spec.energy
         return [{s: SiteChoice(quant.bits, f.directions_for(share)) for s, f in block.items()} for block in facts]
     sites = {(i, name): fact for i, block in enumerate(facts) for name, fact in block.items()}
-    chosen = {key: SiteChoice(min(spec.widths), min(1, len(fact.kept))) for key, fact in sites.items()}
+    chosen = {key: SiteChoice(min(spec.widths), 0) for key in sites}
     weights = sum(fact.num_weights for fact in sites.values())
     left = spec.target_bits * weights - sum(fact.bits(chosen[key]) for key, fact in sites.items())
     least = spec.target_bits - left / weights

@@ -26,8 +26,7 @@ from rosaq.specs import RotationSpec
 
 Tensors = dict[str, Tensor]
 _AT_ONCE = 3072  # rows (or columns, of a writer) that a step looks at: drawn anew each time where there are more
-# Steps for each time that a block is read, where that reads more than a step looks at. Of Llama-3-8B's blocks, read for
-# every step, half the time of fitting on an H100 was reading.
+# Steps for each time that a block is read, where that is more than a step looks at: one of Llama-3-8B's has 436 MB.
 _MOST_STEPS = 4
 
 

@@ -99,7 +99,7 @@ class BudgetSpec:
     target_bits   bits per weight of the quantised linears on average, every tensor of theirs counted. Widths and
                   directions go where they take most off the expected loss for their bits.
     energy        directions at a site: the fewest that hold this share of its second moments.
-    most          directions at one site at most; where the recipe keeps directions, a site keeps at least one.
+    most          directions at one site at most.
     widths        of the codes that a target may choose from.
     sequences     of the calibration text that the sites are measured on; more where feedback between rows takes more.
     """
