@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--held-back-documents", default=None)
     parser.add_argument("--windows", type=int, default=20, help="evaluation windows of 512 tokens, of either text")
     parser.add_argument("--preset", default="fast")
+    parser.add_argument("--device", default="cpu", help="where it is quantised; it is evaluated on the CPU")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints go here, and away again")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=variants(), help="default: all")
@@ -101,6 +102,7 @@ def main() -> None:
             folder,
             recipe=recipe,
             preset=args.preset,
+            device=args.device,
             calibration=select_documents(read_text(args.calibration), args.documents),
         )
         row: dict[str, Any] = {"name": name, "bits_per_weight": made.bits_per_weight}

@@ -41,12 +41,11 @@ def load(checkpoint: Any, device: str, dtype: torch.dtype = torch.float16) -> An
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map=device).eval()
 
 
-def greedy(model: Any, **how: Any) -> torch.Tensor:
+def greedy(model: Any, **how: Any) -> Any:
     ids = INPUT_IDS.to(model.device)
-    tokens: torch.Tensor = model.generate(
+    return model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None, **how
     )
-    return tokens.cpu()
 
 
 @torch.no_grad()
@@ -63,7 +62,7 @@ def test_logits_are_as_good_as_on_the_cpu(checkpoint: Any, dtype: torch.dtype) -
 @torch.no_grad()
 def test_a_captured_step_decodes_what_an_eager_one_does(checkpoint: Any) -> None:
     model = load(checkpoint, "cuda")
-    want = greedy(model)
+    want = greedy(model).cpu()
     cache = StaticCache(config=model.config, max_cache_len=INPUT_IDS.shape[1] + NEW_TOKENS + 1)
     token = model(INPUT_IDS.cuda(), past_key_values=cache).logits[:, -1:].argmax(-1)
     lengths = [layer.cumulative_length.clone() for layer in cache.layers]
@@ -92,11 +91,7 @@ def test_a_captured_step_decodes_what_an_eager_one_does(checkpoint: Any) -> None
 def test_a_compiled_step_is_as_good_as_an_eager_one(checkpoint: Any) -> None:
     """Every step's logits, for the tokens chosen before it: where two tokens are nearly level, rounding decides."""
     model = load(checkpoint, "cuda", torch.float16)
-    how = {"output_logits": True, "return_dict_in_generate": True} | compiled_step(model)
-    ids = INPUT_IDS.cuda()
-    made = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None, **how
-    )
+    made = greedy(model, output_logits=True, return_dict_in_generate=True, **compiled_step(model))
     got, chosen = torch.stack(made.logits, 1).half().cpu(), made.sequences.cpu()
     exact = load(checkpoint, "cpu", torch.float32).dequantize(torch.float64).to(torch.float64)
     want = exact(chosen[:, :-1]).logits[:, -NEW_TOKENS:]

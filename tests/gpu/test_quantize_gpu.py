@@ -28,7 +28,7 @@ _SHIPPED = RECIPES[DEFAULT_RECIPE]
 # Fitting a rotation grows roundings: on these models 1e-6 of its slopes moves the divergence by up to 13 %, from run to
 # run on one CPU. So it has a test of its own, and here rotations are drawn wherever bounds are narrow.
 DRAWN = replace(_SHIPPED, rotation=replace(_SHIPPED.rotation, residual="pca-random", values="random"))
-FIXED = replace(DRAWN, budget=BudgetSpec(), quant=replace(DRAWN.quant, bits=3))
+FIXED = replace(DRAWN, budget=BudgetSpec())
 FLOAT32 = {"spec": replace(SMALL["spec"], bf16=False)}
 CASES: dict[str, dict[str, Any]] = {
     "default": TUNED | {"salient": 2},
