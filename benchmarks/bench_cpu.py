@@ -4,8 +4,8 @@
 
 A row: median milliseconds of torch's linear (bfloat16 and x's dtype), of aten::_weight_int4pack_mm_for_cpu, and of
 fused_gemm for 4 and 3 bits in both precisions; the speedups; and the share of the measured read bandwidth that reading
-the packed weight once would be (`read_bandwidth.cpp`). Candidates take turns in one process and every call reads
-another copy of its weight.
+the packed weight once would be. Candidates take turns in one process, reading memory alone (`read_bandwidth.cpp`) is
+one of them. A turn is several calls in a row, as in a model, each of which reads another copy of its weight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import medians, read_bandwidth, rotate_copies, write_rows
+from timing import PAUSE, MemoryRead, calls_in_a_row, medians, rotate_copies, write_rows
 from torch import Tensor
 from torch.nn import functional
 
@@ -99,8 +99,14 @@ def measure(m: int, n: int, k: int, args: argparse.Namespace) -> dict[str, Any]:
         calls[f"int{bits}_int8"] = in_int8(calls[f"int{bits}"])
     ours = [name for name in calls if name not in rivals]
     calls |= extra_calls(x, n, k, args.group_size) if args.extras else {}
-    bandwidth = read_bandwidth()
-    seconds = medians(calls, args.rounds, args.min_seconds)
+    read = MemoryRead()
+    turns: dict[str, Callable[[], None]] = dict(read.turns)
+    counts: dict[str, int] = {}
+    for name, call in calls.items():
+        turns[name], counts[name] = calls_in_a_row(call)
+    passed = medians(turns, args.rounds, pause=PAUSE)
+    seconds = {name: passed[name] / counts[name] for name in calls}
+    bandwidth = read.bandwidth(passed)
     row: dict[str, Any] = {"n": n, "k": k, "m": m, "ms": {name: round(s * 1e3, 4) for name, s in seconds.items()}}
     row["speedup"] = {name: {rival: round(seconds[rival] / seconds[name], 2) for rival in rivals} for name in ours}
     row["read_gb_per_s"] = round(bandwidth / 1e9, 1)
@@ -117,8 +123,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"], help="of x")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--isa", default=None, choices=_C.available_isas())
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--min-seconds", type=float, default=0.3, help="per m")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=None)
     return parser.parse_args()
 

@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 from llamacpp import Ggml, Llama
-from timing import machine, medians
+from timing import PAUSE, machine, medians
 from transformers import AutoModelForCausalLM
 
 from rosaq import QuantSpec, RosaqLinear
 from rosaq.integrations.transformers import RosaqConfig
 from rosaq.integrations.transformers_decoding import compiled_step
 
-PAUSE = 0.01  # seconds before a turn, in which the other library's threads go to sleep
 AGREED = 8  # first tokens that have to be the same, compiled or not
 
 

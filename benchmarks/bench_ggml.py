@@ -19,9 +19,7 @@ from typing import Any
 import torch
 from bench_cpu import CACHE_BYTES, Call, in_int8, quantised_call
 from llamacpp import TYPES, Ggml
-from timing import medians, read_bandwidth, write_rows
-
-PAUSE = 0.01  # seconds before a turn, in which the other library's threads go to sleep
+from timing import PAUSE, MemoryRead, medians, write_rows
 
 
 def all_copies(call: Call, bytes_each: int) -> tuple[Callable[[], None], int]:
@@ -57,11 +55,12 @@ def measure(m: int, n: int, k: int, args: argparse.Namespace, ggml: Ggml) -> dic
         name = f"int{bits}_g{group_size}"
         turns[name], counts[name] = all_copies(call, size)
         turns[f"{name}_int8"], counts[f"{name}_int8"] = all_copies(in_int8(call), size)
-    bandwidth = read_bandwidth()
-    seconds = medians(turns, args.rounds, pause=PAUSE)
+    read = MemoryRead()
+    seconds = medians(read.turns | turns, args.rounds, pause=PAUSE)
+    bandwidth = read.bandwidth(seconds)
     for products in opened:
         products.close()
-    each = {name: s / counts[name] for name, s in seconds.items()}
+    each = {name: seconds[name] / counts[name] for name in turns}
     best = min(each[name] for name in rivals)
     return {
         "n": n,

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,9 @@ import torch
 from rosaq import _C
 
 T = TypeVar("T")
-READ_BYTES = 256 << 20  # per thread; well over any last-level cache of a desktop
+READ_BYTES = 128 << 20  # per thread; over any last-level cache of a desktop
+TURN_SECONDS = 0.05
+PAUSE = 0.01  # seconds before a turn, in which the threads of another library go to sleep
 
 
 def rotate_copies(make: Callable[[], T], bytes_each: int, total_bytes: int) -> Iterator[T]:
@@ -33,49 +35,80 @@ def rotate_copies(make: Callable[[], T], bytes_each: int, total_bytes: int) -> I
     return cycle(copies)
 
 
-def medians(
-    candidates: Mapping[str, Callable[[], object]], rounds: int, min_seconds: float = 0.0, pause: float = 0.0
-) -> dict[str, float]:
+def medians(candidates: Mapping[str, Callable[[], object]], rounds: int, pause: float = 0.0) -> dict[str, float]:
     """Seconds per call of each candidate, the median over `rounds` rounds that call every candidate once in turn.
 
-    Goes on past `rounds` until `min_seconds` have been spent. `pause` seconds of sleep come before every call.
+    `pause` seconds of sleep come before every call.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    started, done = time.perf_counter(), 0
-    while done < rounds or time.perf_counter() - started < min_seconds:
+    for _ in range(rounds):
         for name, call in candidates.items():
             if pause > 0:
                 time.sleep(pause)
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
-        done += 1
     return {name: statistics.median(samples) for name, samples in times.items()}
 
 
+def calls_in_a_row(call: Callable[[], object], seconds: float = TURN_SECONDS) -> tuple[Callable[[], None], int]:
+    """A turn for `medians` of about `seconds`, and how many calls it is.
+
+    A layer comes after layers of its kind in a model. Behind a layer of another library a call of 0.2 ms takes up to a
+    quarter longer: what that one wrote is still on its way to memory.
+    """
+    call()  # scratch memory, threads
+    start = time.perf_counter()
+    call()
+    count = max(1, int(seconds / (time.perf_counter() - start)))
+
+    def turn() -> None:
+        for _ in range(count):
+            call()
+
+    return turn, count
+
+
 @cache
-def _read_loop() -> Any:
+def _read_library() -> Any:
     """read_bandwidth.cpp, compiled at the first call: torch's own sums stay well below what memory gives."""
     source = Path(__file__).with_name("read_bandwidth.cpp")
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "read_bandwidth.so"
+        built = Path(folder) / "read_bandwidth.so"
         flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-        subprocess.run([os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(library)], check=True)
-        read = ctypes.CDLL(str(library)).read_bytes_per_second
-    read.restype, read.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_size_t, ctypes.c_int]
-    return read
+        subprocess.run([os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(built)], check=True)
+        library = ctypes.CDLL(str(built))
+    library.open_memory.restype, library.open_memory.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_size_t]
+    memory = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    library.read_memory.restype, library.read_memory.argtypes = ctypes.c_uint64, [*memory, ctypes.c_bool]
+    library.close_memory.restype, library.close_memory.argtypes = None, memory
+    return library
 
 
-def read_bandwidth() -> float:
-    """Bytes per second that as many threads as torch has read together, best of 9 rounds over READ_BYTES each.
+class MemoryRead:
+    """Two turns for `medians` that read memory with as many threads as torch has and do nothing else.
 
-    To be measured beside what it is compared with: a virtual machine's cores may move between parts of a processor that
-    share their way to memory and parts that do not.
+    They take turns with what they are compared with: a virtual machine's cores may move between parts of a processor
+    that share their way to memory and parts that do not.
     """
-    best = float(_read_loop()(torch.get_num_threads(), READ_BYTES, 9))
-    if best == 0.0:
-        raise RuntimeError(f"read_bandwidth: got no {READ_BYTES * torch.get_num_threads()} bytes of memory, need them")
-    return best
+
+    def __init__(self, bytes_per_thread: int = READ_BYTES) -> None:
+        self._sizes = torch.get_num_threads(), bytes_per_thread
+        self._bytes = self._sizes[0] * bytes_per_thread
+        self._memory = _read_library().open_memory(*self._sizes)
+        if self._memory is None:
+            raise MemoryError(f"bytes_per_thread: got no {self._bytes} bytes of memory for all threads, need them")
+        self.turns = {"read": partial(self._read, ahead=False), "read_ahead": partial(self._read, ahead=True)}
+
+    def _read(self, ahead: bool) -> None:
+        words = _read_library().read_memory(self._memory, *self._sizes, ahead)
+        if words * 8 != self._bytes:
+            raise RuntimeError(f"read_memory: read {words * 8} bytes, need {self._bytes}")
+
+    def bandwidth(self, seconds: Mapping[str, float]) -> float:
+        """Bytes per second of the faster turn, from the medians of both. Gives the memory back."""
+        _read_library().close_memory(self._memory, *self._sizes)
+        return self._bytes / min(seconds[name] for name in self.turns)
 
 
 def machine() -> dict[str, Any]:
