@@ -38,13 +38,15 @@ def rotate_copies(make: Callable[[], T], bytes_each: int, total_bytes: int) -> I
 def medians(candidates: Mapping[str, Callable[[], object]], rounds: int, pause: float = 0.0) -> dict[str, float]:
     """Seconds per call of each candidate, the median over `rounds` rounds that call every candidate once in turn.
 
-    `pause` seconds of sleep come before every call.
+    With `pause`, that many seconds of sleep and a call that does not count come first: the other library's threads go
+    to sleep, and the candidate's own, woken up together on one core, spread over all of them.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, call in candidates.items():
             if pause > 0:
                 time.sleep(pause)
+                call()
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
