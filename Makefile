@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 PIP := $(BIN)/pip --disable-pip-version-check
-# Files in ../shared/data, where present, replace the built-in prose (see README, "Which text").
+# Options of `rosaq demo`: make quickstart QUICKSTART="--calibration my.jsonl --text other.txt"
 QUICKSTART ?=
 
 NATIVE := $(shell find csrc tests/emulator tests/gpu -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.py' | sort)

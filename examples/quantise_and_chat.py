@@ -18,7 +18,7 @@ parser.add_argument("model")
 parser.add_argument("out", type=Path)
 parser.add_argument("--calibration", type=Path, default=None)
 parser.add_argument("--target-bits", type=float, default=3.45, help="bits per weight on average")
-parser.add_argument("--num-sequences", type=int, default=64, help="calibration windows")
+parser.add_argument("--num-sequences", type=int, default=None, help="calibration windows (128)")
 parser.add_argument("--max-new-tokens", type=int, default=200)
 options = parser.parse_args()
 

@@ -2,7 +2,8 @@
 
     python examples/serve_on_two_gpus.py DIR "Once upon a time" [arguments for `vllm serve`]
 
-vLLM finds rosaq by itself (pip install vllm rosaq): `vllm serve DIR --tensor-parallel-size 2` is all there is to it.
+It needs vllm, openai and rosaq (`pip install .` in a clone of it). vLLM finds rosaq by itself, so that
+`vllm serve DIR --tensor-parallel-size 2` is all there is to it.
 """
 
 import subprocess

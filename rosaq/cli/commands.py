@@ -77,7 +77,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
     device: Device = "cpu",
-    compile: Annotated[bool, typer.Option("--compile", help="Half a minute first, then faster tokens.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Up to a minute first, then faster tokens.")] = False,
 ) -> None:
     """Continue a text; how long a token took goes to standard error."""
     wanted: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}

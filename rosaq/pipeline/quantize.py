@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,8 @@ def quantize(
                     same everywhere. The checkpoint runs everywhere, whatever made it.
     calibration     a file (plain text or JSON lines), a list of documents, or None: prose that Python carries.
 
-    Memory holds one block, the token stream and one shard. `output` appears complete or not at all; an interrupted run
+    Memory holds one block, the token stream and one shard, and where the whole model is tuned (presets "default" and
+    "best") every code too, a byte each. `output` appears complete or not at all; an interrupted run
     continues with `resume` on the same kind of device, and ends bit-identical.
 
     Under torch.distributed (`torchrun -m rosaq quantize ...`) every process calibrates on its share of the sequences,
@@ -140,7 +141,9 @@ def quantize(
         head_bits=head_bits,
         preset=preset,
     )
-    spec = spec or CalibrationSpec(num_sequences=preset_of(preset).num_sequences)
+    spec = spec or CalibrationSpec()
+    if spec.num_sequences is None:
+        spec = replace(spec, num_sequences=preset_of(preset).num_sequences)
     directory = local_directory(model)
     check_output(output, force=force, source=directory)
     dense = DenseModel(directory, bf16=spec.bf16, device=place)

@@ -100,6 +100,8 @@ def calibration_windows(dense: DenseModel, calibration: str | Path | list[str] |
     windows are longer than the model reads."""
     from transformers import AutoTokenizer
 
+    if spec.num_sequences is None:
+        raise ValueError("num_sequences: got None, need a number: `rosaq.quantize` takes the preset's")
     limit = getattr(dense.blocks.config, "max_position_embeddings", None)
     if limit is not None and spec.sequence_length > limit:
         raise ValueError(

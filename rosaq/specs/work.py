@@ -132,6 +132,7 @@ class BudgetSpec:
 class CalibrationSpec:
     """How much text the second moments are measured on, and which windows.
 
+    num_sequences   windows of sequence_length tokens; None: as many as the preset says.
     seed        0 <= seed < 2**31: of the windows, and of all random draws of the run.
     expansion   copies of every sequence, each rolled by another multiple of length / expansion (RSQ's data expansion: a
                 token then stands at several positions).
@@ -140,7 +141,7 @@ class CalibrationSpec:
                 changed nothing stay in float32 and float64.
     """
 
-    num_sequences: int = 64
+    num_sequences: int | None = None
     sequence_length: int = 512
     batch_size: int = 8
     seed: int = 0
@@ -149,7 +150,10 @@ class CalibrationSpec:
 
     def __post_init__(self) -> None:
         for name in ("num_sequences", "sequence_length", "batch_size", "expansion"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, need at least 1")
+            value = getattr(self, name)
+            if value is None and name == "num_sequences":
+                continue
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, need at least 1")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed: got {self.seed}, need 0 <= seed < 2**31")
