@@ -174,27 +174,6 @@ def test_nvcc_is_told_the_compiler_that_was_chosen(monkeypatch: pytest.MonkeyPat
         assert got[got.index("-ccbin") :][:2] == flags if flags else "-ccbin" not in got
 
 
-def test_objects_are_made_anew_by_another_version_of_their_tools(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = native.Build(CSRC, tmp_path, Path(torch.__file__).parent, ())
-    ran: list[str] = []
-
-    def run(command: list[str]) -> None:
-        Path(command[command.index("-o") + 1]).touch()
-        ran.append(command[-1])
-
-    monkeypatch.setattr(native, "_run", run)
-    native.build(job, tmp_path / "out" / "library.so", jobs=1)
-    first = len(ran)
-    native.build(job, tmp_path / "out" / "library.so", jobs=1)
-    assert len(ran) == first + 1  # linked, nothing compiled
-    monkeypatch.setattr(native, "torch_version", lambda _folder: "99.0")
-    native.build(job, tmp_path / "out" / "library.so", jobs=1)
-    with_torch = [kind for kind, _ in job.sources().values() if kind in (native.TORCH, native.PYTHON)]
-    assert len(ran) == first + 1 + len(with_torch) + 1
-
-
 def test_instances_are_what_the_generator_writes() -> None:
     folder = generate_instances.FOLDER
     written = {p.name: p.read_text() for p in folder.iterdir() if not p.name.startswith(".")}
@@ -215,6 +194,20 @@ def test_a_bad_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     with pytest.raises(SystemExit, match=r"rosaq build: failed \(1\): false .*-c "):
         native.build(job, tmp_path / "out.so", jobs=1)
     assert not (tmp_path / "out.so").exists()
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+@pytest.mark.parametrize("name", ["portable", *(["avx2", "avx512", "avx512vnni"] if native.is_x86() else [])])
+def test_no_function_of_the_cpu_kernels_is_shared_between_instruction_sets(name: str, tmp_path: Path) -> None:
+    """Of a function that several objects define the linker keeps one copy: an older CPU may get that of AVX-512."""
+    job, source = native.Build(CSRC, tmp_path, Path(torch.__file__).parent, ()), f"cpu/kernels_{name}.cpp"
+    kind, flags = job.sources()[source]
+    # Unoptimised: what the optimiser inlines today leaves no symbol, and it need not do so tomorrow.
+    subprocess.run(job.compile_command(source, kind, [*flags, "-O0", "-w"]), check=True)
+    command = ["nm", "-C", "--defined-only", str(job.object_of(source))]
+    symbols = [line.split(maxsplit=2)[1:] for line in subprocess.check_output(command, text=True).splitlines()]
+    assert "t" in [letter for letter, _ in symbols]  # functions of this object alone
+    assert [symbol for letter, symbol in symbols if letter in "WTi"] == []  # seen by the linker
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")

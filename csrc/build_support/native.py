@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
 import shutil
 import subprocess
-import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -177,27 +177,34 @@ def _headers(csrc: Path, kind: str) -> list[Path]:
     return [path for folder in folders for suffix in ("h", "cuh") for path in folder.glob(f"*.{suffix}")]
 
 
-def _is_stale(made: Path, record: str, needs: list[Path]) -> bool:
-    """True where an object is missing, older than what it is made of, or was made in another way."""
-    recorded = made.with_suffix(".command")
-    if not made.exists() or not recorded.exists() or recorded.read_text() != record:
-        return True
-    return made.stat().st_mtime < max(path.stat().st_mtime for path in needs)
+def _digest(csrc: Path, paths: list[Path]) -> str:
+    """Of names and contents: a file that was put back is older than what was made of its successor."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(f"{path.relative_to(csrc)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class _Job:
-    """An object to make; record: the command, and the versions of what it uses, which come and go at the same path."""
+    """An object to make; record: the command, what it reads, and the versions of what it uses."""
 
     made: Path
     command: list[str]
     record: str
 
+    @property
+    def recorded(self) -> Path:
+        return self.made.with_suffix(".command")
+
+    def is_stale(self) -> bool:
+        """True where an object is missing, was not finished, or was made of something else or in another way."""
+        return not (self.made.exists() and self.recorded.exists() and self.recorded.read_text() == self.record)
+
     def run(self) -> None:
-        started = time.time()
+        self.recorded.unlink(missing_ok=True)  # a compiler that is killed leaves half an object
         _run(self.command)
-        os.utime(self.made, (started, started))  # a header that was changed meanwhile is newer than what came of it
-        self.made.with_suffix(".command").write_text(self.record)
+        self.recorded.write_text(self.record)
 
 
 def _versions(job: Build) -> dict[str, str]:
@@ -210,18 +217,19 @@ def _versions(job: Build) -> dict[str, str]:
 
 
 def build(job: Build, output: Path, jobs: int) -> None:
-    """Compiles what is older than its source or any header, then links `output`."""
+    """Compiles what was made of another source or header, then links `output`."""
     job.objects.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    stale, versions = [], _versions(job)
+    versions = _versions(job)
+    headers = {kind: _digest(job.csrc, _headers(job.csrc, kind)) for kind in HEADER_FOLDERS}
+    needed = []
     for source, (kind, flags) in job.sources().items():
-        made = job.object_of(source)
         command = job.compile_command(source, kind, flags)
-        record = f"{shlex.join(command)}\n{versions[kind]}"
-        if _is_stale(made, record, [job.csrc / source, *_headers(job.csrc, kind)]):
-            stale.append(_Job(made, command, record))
+        # Read before the compiler does: what changes meanwhile does not match what is recorded here.
+        read = f"{_digest(job.csrc, [job.csrc / source])} {headers[kind]}"
+        needed.append(_Job(job.object_of(source), command, f"{shlex.join(command)}\n{versions[kind]}\n{read}\n"))
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(_Job.run, stale))
+        list(pool.map(_Job.run, filter(_Job.is_stale, needed)))
     # A process that has the old library mapped must keep it whole: link beside it, then rename over it.
     linked = output.with_suffix(".new")
     _run(job.link_command(linked))

@@ -47,7 +47,7 @@ int64_t multiply_tiles(const float* a, const char* b, int64_t row_bytes, int64_t
 
 // Elements of b.
 ROSAQ_INLINE int64_t dense_size(const DenseProduct& p) {
-    return p.products() * p.rows * p.cols;
+    return num_products(p) * p.rows * p.cols;
 }
 
 // out[depth, kVectors vectors] = `depth` rows of b from element `at` on, as float32. Columns past the last
@@ -110,7 +110,7 @@ int64_t few_rows_units(const DenseProduct& p, int64_t unit, int64_t unit_end) {
 // Calls f(i, count, a, lda, out, ldo) for rows [row0 + i, row0 + i + count) that are evenly spaced in memory.
 template <class F>
 void each_run(const DenseProduct& p, int64_t product, int64_t row0, int64_t rows, F f) {
-    if (!p.flat()) {
+    if (!is_flat(p)) {
         const float* a = p.a + row0 * p.lda + product * p.rows;
         return f(0, rows, a, p.lda, p.out + row0 * p.ldo + product * p.cols, p.ldo);
     }
@@ -150,17 +150,17 @@ void dense_unit(const DenseProduct& p, int64_t product, int64_t first, int64_t r
 
 template <class S>
 void dense_product(const DenseProduct& p, int64_t unit_begin, int64_t unit_end) {
-    if (p.m <= kFewRows && !p.flat()) {
+    if (p.m <= kFewRows && !is_flat(p)) {
         for (int64_t unit = unit_begin; unit < unit_end;)
             unit += p.b.dtype == DType::kFloat16 ? few_rows_units<S, DType::kFloat16>(p, unit, unit_end)
                                                  : few_rows_units<S, DType::kBFloat16>(p, unit, unit_end);
         return;
     }
     constexpr int64_t cols = kTileCols<S>;
-    const int64_t units_each = ceil_div(p.cols, cols), rows = p.rows_each();
+    const int64_t units_each = ceil_div(p.cols, cols), rows = rows_each(p);
     for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
-        const int64_t row0 = unit / (p.products() * units_each) * kDenseRows;
-        const int64_t product = unit / units_each % p.products(), first = unit % units_each * cols;
+        const int64_t row0 = unit / (num_products(p) * units_each) * kDenseRows;
+        const int64_t product = unit / units_each % num_products(p), first = unit % units_each * cols;
         const int64_t count = rows - row0 < kDenseRows ? rows - row0 : kDenseRows;
         p.cols - first <= S::kLanes ? dense_unit<S, 1>(p, product, first, row0, count)
                                     : dense_unit<S, 2>(p, product, first, row0, count);

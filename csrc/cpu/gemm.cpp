@@ -1,7 +1,5 @@
 #include "gemm.h"
 
-#include "isa.h"
-
 namespace rosaq::cpu {
 namespace {
 
@@ -37,7 +35,7 @@ struct Workspace {
     int64_t t, rotated, s, integers, offsets, units, total;  // byte offsets
 };
 
-Workspace plan(const FusedGemmArgs& a, int digits) {
+Workspace plan(const FusedGemmArgs& a, int digits, const KernelTable& kernels) {
     Workspace w{};
     const auto take = [&w](int64_t bytes) {
         const int64_t at = w.total;
@@ -45,7 +43,6 @@ Workspace plan(const FusedGemmArgs& a, int digits) {
         return at;
     };
     const int64_t k = a.weight.k, chunks = k / chunk_k(a.weight.group_size);
-    const KernelTable& kernels = active_kernels();
     const Loop loop = choose_loop(a, digits, kernels);
     w.t = take(a.m * padded(k) * 4);
     w.rotated = take(a.rotation_size ? a.m * padded(k) * 4 : 0);
@@ -70,7 +67,7 @@ struct Steps {
     }
 
     void dense(const DenseProduct& p) const {
-        const int64_t rows = p.rows_each() < kDenseRows ? p.rows_each() : kDenseRows;
+        const int64_t rows = rows_each(p) < kDenseRows ? rows_each(p) : kDenseRows;
         parallel(dense_units(p, kernels.dense_cols), grain(rows * p.rows * kernels.dense_cols, kSerialDense),
                  [&](int64_t begin, int64_t end) { kernels.dense_product(p, begin, end); });
     }
@@ -145,18 +142,18 @@ struct Steps {
 
 }  // namespace
 
-int64_t workspace_bytes(const FusedGemmArgs& args, Precision precision) {
-    return plan(args, num_digits(args, precision)).total;
+int64_t workspace_bytes(const FusedGemmArgs& args, Precision precision, const KernelTable& kernels) {
+    return plan(args, num_digits(args, precision), kernels).total;
 }
 
-void fused_gemm(const FusedGemmArgs* all, int count, Precision precision, void* workspace,
-                const Parallel& parallel) {
+void fused_gemm(const FusedGemmArgs* all, int count, Precision precision, const KernelTable& kernels,
+                void* workspace, const Parallel& parallel) {
     const FusedGemmArgs& args = all[0];
     if (args.m == 0) return;
     const int digits = num_digits(args, precision);
-    const Workspace plan_ = plan(args, digits);
+    const Workspace plan_ = plan(args, digits, kernels);
     char* base = static_cast<char*>(workspace);
-    const Steps steps{args, count, digits, active_kernels(), parallel};
+    const Steps steps{args, count, digits, kernels, parallel};
 
     const int64_t ldt = padded(args.weight.k);
     float* t = reinterpret_cast<float*>(base + plan_.t);
@@ -177,7 +174,7 @@ void fused_gemm(const FusedGemmArgs* all, int count, Precision precision, void* 
         p.lds = padded(args.r);
         steps.project(t, ldt, s, p.lds);
     }
-    switch (choose_loop(args, digits, steps.kernels)) {
+    switch (choose_loop(args, digits, kernels)) {
         case Loop::kStream:
             return steps.stream(p, base, plan_);
         case Loop::kWords:

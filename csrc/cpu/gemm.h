@@ -12,11 +12,12 @@ namespace rosaq::cpu {
 constexpr int kMaxWeights = 8;
 
 // Bytes of scratch that fused_gemm needs for these arguments (64-byte aligned); those of any of its weights.
-int64_t workspace_bytes(const FusedGemmArgs& args, Precision precision);
+// precision and kernels are the caller's, read once: another thread may switch what is active at any time.
+int64_t workspace_bytes(const FusedGemmArgs& args, Precision precision, const KernelTable& kernels);
 
 // The products of one x with `count` weights. They differ in n, scale_dtype, panels, salient_weight, bias and
 // y alone: what is made of x is made once, and all panels are one parallel loop.
-void fused_gemm(const FusedGemmArgs* args, int count, Precision precision, void* workspace,
-                const Parallel& parallel);
+void fused_gemm(const FusedGemmArgs* args, int count, Precision precision, const KernelTable& kernels,
+                void* workspace, const Parallel& parallel);
 
 }  // namespace rosaq::cpu

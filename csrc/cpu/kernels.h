@@ -77,18 +77,27 @@ struct DenseProduct {
     bool shared = false;
     float* out = nullptr;
     int64_t ldo = 0;
-
-    // One b for several batches: every batch of every token is a row of one product.
-    constexpr bool flat() const { return shared && batches > 1; }
-    constexpr int64_t products() const { return shared ? 1 : batches; }
-    constexpr int64_t rows_each() const { return flat() ? m * batches : m; }
 };
+
+// Not a member, nor the next two: the linker would keep one copy for all instruction sets (README.md).
+// One b for several batches: every batch of every token is a row of one product.
+static constexpr bool is_flat(const DenseProduct& p) {
+    return p.shared && p.batches > 1;
+}
+
+static constexpr int64_t num_products(const DenseProduct& p) {
+    return p.shared ? 1 : p.batches;
+}
+
+static constexpr int64_t rows_each(const DenseProduct& p) {
+    return is_flat(p) ? p.m * p.batches : p.m;
+}
 
 // Rows of one unit of a dense product: a narrow one has no other way to be shared between threads.
 constexpr int64_t kDenseRows = 56;
 
 static constexpr int64_t dense_units(const DenseProduct& p, int64_t cols_per_unit) {
-    return ceil_div(p.rows_each(), kDenseRows) * p.products() * ceil_div(p.cols, cols_per_unit);
+    return ceil_div(rows_each(p), kDenseRows) * num_products(p) * ceil_div(p.cols, cols_per_unit);
 }
 
 // Everything the main loops read. t and s are float32 with row strides ldt and lds.

@@ -46,16 +46,17 @@ void check_index(const FusedGemmArgs& args) {
 
 void run(const FusedGemmArgs* args, int count) {
     const cpu::Precision precision = cpu::active_precision();
-    const int64_t bytes = cpu::workspace_bytes(args[0], precision);
+    const cpu::KernelTable& kernels = cpu::active_kernels();
+    const int64_t bytes = cpu::workspace_bytes(args[0], precision, kernels);
     const cpu::Parallel parallel{run_on_torch_threads};
     alignas(64) char small[kSmallScratchBytes];
     if (bytes <= kSmallScratchBytes) {
-        cpu::fused_gemm(args, count, precision, small, parallel);
+        cpu::fused_gemm(args, count, precision, kernels, small, parallel);
     } else {
         const std::vector<int64_t> shape{bytes};
         const Tensor scratch = torch::stable::empty(shape, ScalarType::Byte);
         if (bytes >= kLargeScratchBytes) cpu::ask_huge_pages(scratch.mutable_data_ptr(), bytes);
-        cpu::fused_gemm(args, count, precision, scratch.mutable_data_ptr(), parallel);
+        cpu::fused_gemm(args, count, precision, kernels, scratch.mutable_data_ptr(), parallel);
     }
 }
 

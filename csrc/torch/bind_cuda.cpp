@@ -142,7 +142,7 @@ Tensor fused_gemm(const Tensor& x, const Tensor& packed, std::optional<Tensor> s
     if (call.args.m <= cuda::kMaxFusedTokens)
         run_fused(call, weight, y, facts, stream);
     else
-        y = many_tokens(call, weight, stream);
+        many_tokens(call, weight, y, stream);
     return y;
 }
 

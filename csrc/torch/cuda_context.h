@@ -10,8 +10,10 @@
 
 namespace rosaq::bind {
 
-// Raises with op, what was attempted and cudaError.
+// Raises with op, what was attempted and cudaError, and clears the error: the thread's next good launch would
+// report it again.
 inline void check_cuda(const char* op, cudaError_t error, const std::string& what) {
+    if (error != cudaSuccess) (void)cudaGetLastError();
     ROSAQ_CHECK(error == cudaSuccess, op, ": ", what, ": ", cudaGetErrorName(error), ": ",
                 cudaGetErrorString(error));
 }

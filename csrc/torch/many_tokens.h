@@ -9,8 +9,8 @@
 
 namespace rosaq::bind {
 
-// y [..., n] of a checked call with at least one token. W [n, k] in x's dtype is allocated and released
+// Fills y [..., n] of a checked call with at least one token. W [n, k] in x's dtype is allocated and released
 // again.
-Tensor many_tokens(const FusedGemmCall& call, const CudaWeight& weight, cudaStream_t stream);
+void many_tokens(const FusedGemmCall& call, const CudaWeight& weight, const Tensor& y, cudaStream_t stream);
 
 }  // namespace rosaq::bind

@@ -181,6 +181,32 @@ def test_both_sides_of_the_switch_to_a_plain_matmul_agree(m: int) -> None:
     assert_as_good_as(y.cpu(), on_gpu(linear).plain(x.to(DEVICE)).cpu(), linear.expected(x))
 
 
+@pytest.mark.parametrize("rotation", [None, (1, 768), (6, 128)], ids=["no rotation", "one block", "six blocks"])
+@pytest.mark.parametrize(("dtype", "of_autocast"), [("float16", torch.bfloat16), ("bfloat16", torch.float16)])
+def test_autocast_leaves_many_tokens_alone(
+    dtype: str, of_autocast: torch.dtype, rotation: tuple[int, int] | None
+) -> None:
+    """From 129 tokens on the op calls torch's products, which autocast would give its own dtype."""
+    linear = with_everything()
+    linear.extras["rotation"] = None if rotation is None else random_rotation(*rotation)
+    there, x = on_gpu(linear), make_x(129, linear.k, dtype).to(DEVICE)
+    packed = there.packed()
+    expected = there.run(x, packed)
+    with torch.autocast("cuda", dtype=of_autocast):
+        assert (x @ x.T).dtype == of_autocast
+        y = there.run(x, packed)
+    assert y.dtype == x.dtype
+    assert torch.equal(y, expected)
+
+
+def test_many_tokens_that_require_a_gradient_are_multiplied_all_the_same() -> None:
+    there = on_gpu(with_everything())
+    packed, x = there.packed(), make_x(129, there.k, "float16").to(DEVICE)
+    expected = there.run(x, packed)
+    assert torch.equal(there.run(x.requires_grad_(), packed).detach(), expected)
+    assert torch.is_grad_enabled()
+
+
 def test_compile_and_opcheck() -> None:
     linear = on_gpu(with_everything())
     packed, x = linear.packed(), make_x(5, linear.k, "float16").to(DEVICE)
