@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 FORMAT_VERSION = 2  # since 2 a zero point may be a multiple of 1/2 (rosaq.layout)
@@ -113,15 +113,15 @@ class LinearFormat:
     def from_dict(cls, values: dict[str, Any]) -> LinearFormat:
         """Inverse of `to_dict`; ValueError for a value of another type, and for an unknown key, which may change what
         the tensors mean."""
-        values = dict(values)
-        for key, default in cls().to_dict().items():
+        values, defaults = dict(values), cls().to_dict()
+        unknown = sorted(set(values) - set(defaults))
+        if unknown:
+            raise ValueError(f"quantization_config: unknown keys {unknown}, need {sorted(defaults)}")
+        for key, default in defaults.items():
             if type(values.get(key, default)) is not type(default):
                 raise ValueError(f"quantization_config.{key}: got {values[key]!r}, need {type(default).__name__}")
         if "sym" in values:
             values["symmetric"] = values.pop("sym")
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"quantization_config: unknown keys {unknown}, need {sorted(cls().to_dict())}")
         return cls(**values)
 
 
@@ -129,7 +129,7 @@ class LinearFormat:
 class CheckpointConfig:
     """`quantization_config` of config.json: the format of every quantised linear of a checkpoint.
 
-    `default` holds for all linears; `modules` overrides whole formats by module-name suffix, the longest matching
+    `default` holds for all linears; `modules` overrides it by module-name suffix, the longest matching
     suffix wins ("mlp.down_proj" covers every layer, "model.layers.0.mlp.down_proj" one).
     `tp_sizes` are the numbers of ranks that tensor parallelism can cut every linear between; empty: not recorded.
     """
@@ -181,8 +181,9 @@ class CheckpointConfig:
             raise ValueError(f"quantization_config.modules: got {modules!r}, need a format for each name")
         if not isinstance(recipe, str):
             raise ValueError(f"quantization_config.recipe: got {recipe!r}, need str")
-        formats = {name: LinearFormat.from_dict(fmt) for name, fmt in modules.items()}
-        return cls(LinearFormat.from_dict(values), formats, skip, recipe, version, tp_sizes)
+        default = LinearFormat.from_dict(values)
+        formats = {name: LinearFormat.from_dict(default.to_dict() | fmt) for name, fmt in modules.items()}
+        return cls(default, formats, skip, recipe, version, tp_sizes)
 
 
 def _list_of(kind: type, values: dict[str, Any], key: str) -> tuple[Any, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -45,20 +44,21 @@ def find_demo_gguf() -> Path:
 
 def ensure_demo_model(directory: str | Path) -> Path:
     """SmolLM2-135M-Instruct as a float16 Hugging Face directory with its tokenizer, made once; returns `directory`.
+    ValueError where something else is there.
 
     The GGUF holds 4-bit weights on a group-32 grid: results at 4 bits and group 32 would flatter, others do not.
     """
     directory = Path(directory)
     if (directory / "model.safetensors").is_file() and (directory / "config.json").is_file():
         return directory
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"directory: got {directory}, which holds something else, need an empty or a new one")
     gguf = find_demo_gguf()
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Built beside the target and renamed, so that an interrupted run is not taken for a finished one.
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".demo-") as temporary:
         partial = Path(temporary) / "model"
         _convert_gguf(gguf, partial)
-        if directory.exists():
-            shutil.rmtree(directory)
         partial.rename(directory)
     return directory
 

@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")  # C4 calls its own JSON lines .json
 SEPARATOR = "\n\n"
 
 
 def read_text(path: str | Path) -> list[str]:
-    """The documents of a file: one {"text": ...} a line in .jsonl and .ndjson, else the whole file is one document.
+    """The documents of a file: one {"text": ...} a line in .jsonl, .ndjson and .json, else the whole file is one.
 
     Errors: FileNotFoundError; ValueError for an empty file, for bytes that are not UTF-8 (with their offset) and
     for a JSON line without a string under "text" (with its number).
@@ -32,7 +32,7 @@ def read_text(path: str | Path) -> list[str]:
         content = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: got a byte that is not UTF-8 at offset {error.start}, need UTF-8 text") from error
-    documents = _json_lines(path, content) if path.suffix in JSON_LINES_SUFFIXES else [content]
+    documents = _json_lines(path, content) if path.suffix.lower() in JSON_LINES_SUFFIXES else [content]
     if not any(document.strip() for document in documents):
         raise ValueError(f"{path}: got no text ({len(content)} characters), need at least one document")
     return documents

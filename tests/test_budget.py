@@ -14,7 +14,7 @@ from rosaq.linear import RosaqLinear
 from rosaq.pipeline import quantize, run
 from rosaq.pipeline.budget import SiteChoice, SiteFacts, share_out, spectrum_of, squared_steps, stored_bits
 from rosaq.pipeline.rotations import mix_unkept
-from rosaq.quantizers import quantize_weight
+from rosaq.quantizers import NotPositiveDefiniteError, quantize_weight
 from rosaq.recipes import make_recipe, with_groups_for_target
 from rosaq.specs import BudgetSpec, QuantSpec, RotationSpec
 from tests.families import save_family, tiny_family
@@ -63,6 +63,15 @@ def test_without_directions_the_determinant_is_all_there_is_to_know():
     assert len(kept) == 0
     assert_tight(rest, torch.linalg.eigvalsh(damped).log().sum()[None])
     assert energy == pytest.approx(float(gram.trace()))
+
+
+def test_a_singular_matrix_is_damped_more_and_that_is_told():
+    x = randn(K // 2, K).double()
+    with pytest.warns(RuntimeWarning, match=r"not positive definite: damping doubled"):
+        _, rest, _ = spectrum_of(x.T @ x - 1e-7 * len(x) * torch.eye(K), 0, 0.0, None)
+    assert rest.isfinite().all()
+    with pytest.raises(NotPositiveDefiniteError, match="need a finite positive number"):
+        spectrum_of(torch.full((K, K), torch.nan, dtype=torch.float64), 0, 0.01, None)
 
 
 def test_the_bits_of_a_site_are_those_of_its_stored_tensors():

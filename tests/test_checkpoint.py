@@ -205,12 +205,18 @@ def test_config_reads_back(tmp_path):
     assert read_config(tmp_path) == CheckpointConfig(LinearFormat(3, 64), recipe="rtn")
 
 
+def test_a_module_differs_from_the_default_in_what_it_names(tmp_path):
+    write_config(tmp_path, group_size=64, modules={"down_proj": {"bits": 4}})
+    assert read_config(tmp_path).format_of("model.layers.0.mlp.down_proj") == LinearFormat(4, 64)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"version": 99}, "version: got 99, this rosaq reads 1 to 2"),
         ({"quant_method": "gptq"}, "quant_method: got 'gptq', need 'rosaq'"),
         ({"colour": 1}, r"unknown keys \['colour'\]"),
+        ({"symmetric": True}, r"unknown keys \['symmetric'\], need .*'sym'"),
         ({"bits": 5}, "bits: got 5"),
     ],
 )

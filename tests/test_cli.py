@@ -149,6 +149,15 @@ def test_doctor_reads_the_switch_as_autoloading_does(value, is_on, monkeypatch):
     assert rosaq.doctor.autoload_is_on() is is_on
 
 
+def test_the_demo_replaces_nothing_of_yours(tmp_path):
+    path = tmp_path / "SmolLM2-135M"
+    path.mkdir()
+    (path / "pytorch_model.bin").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="which holds something else, need an empty or a new one"):
+        rosaq.demo.ensure_demo_model(path)
+    assert (path / "pytorch_model.bin").read_bytes() == b"mine"
+
+
 def test_demo_runs_every_step(capsys, tmp_path, monkeypatch, dense):
     # The tiny model stands in for the real one, which the quickstart itself runs on.
     monkeypatch.setattr(rosaq.demo, "ensure_demo_model", lambda _: dense)
@@ -196,6 +205,7 @@ def bad_requests():
         "group size": (["quantize", "{dense}", "-o", "{new}", "--group-size", "48"], "group_size: got 48"),
         "recipe": ([*quantize, "--recipe", "magic"], "recipe: got 'magic', need one of"),
         "salient": ([*quantize, "--salient", "-1"], "salient: got -1, need 0 or more"),
+        "task limit alone": (["eval", "{dense}", "--task-limit", "5"], "task_limit: got 5 without tasks"),
         "num sequences": ([*quantize, "--num-sequences", "0"], "num_sequences: got 0"),
         "documents": ([*quantize, "--documents", "all"], "documents: got 'all', need START:STOP"),
         "calibration": ([*quantize, "--calibration", "none.txt"], "none.txt: got no such file"),

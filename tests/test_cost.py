@@ -101,6 +101,19 @@ def test_tuning_adds_the_codes_of_more_layers(tuned):
     assert four - two <= 0.6 * (SMALL[2].model - SMALL[1].model)  # a byte each is 0.5 of it
 
 
+def test_tuning_holds_the_calibration_text_three_times(tmp_path):
+    """What enters the block in the dense and in the quantised model, and what the dense one makes of it."""
+    peaks, sizes = [], [Size(64, 256, 1, sequences) for sequences in (32, 64)]
+    recipe = replace(RECIPE, tune=replace(RECIPE.tune, steps=4))
+    source = save_dense(tmp_path / "dense", tiny_llama(num_hidden_layers=1, intermediate_size=256))
+    for size in sizes:
+        spec = CalibrationSpec(size.sequences, LENGTH, batch_size=8)
+        with PeakMemory() as memory:
+            quantize(source, tmp_path / f"{size.sequences}", recipe=recipe, calibration=[TEXT[0] * 40], spec=spec)
+        peaks.append(memory.peak)
+    assert peaks[1] - peaks[0] <= 3.2 * (sizes[1].stream - sizes[0].stream)
+
+
 @pytest.mark.parametrize("size", SMALL[1:])
 def test_tuning_stays_below_the_bound(size, tuned):
     assert tuned[size] <= size.bound + 0.5 * size.model

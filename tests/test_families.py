@@ -274,7 +274,7 @@ def test_experts_that_saw_too_few_tokens_are_told_and_counted(tmp_path):
             weight[1], weight[3], weight[4] = -weight[0], -weight[2], 0
     source = save_family(tmp_path / "dense", model)
     with pytest.warns(
-        UserWarning, match=r"model\.layers\.1: got fewer tokens than their 64 input .* 4 \(0\); 1 of"
+        UserWarning, match=r"model\.layers\.1: got fewer tokens than their 128 input .* 4 \(0\); 1 of"
     ) as got:
         result = quantize(source, tmp_path / "out", recipe="gptq", bits=4, **SMALL)
     assert len([w for w in got if "fewer tokens" in str(w.message)]) == 2  # once a block

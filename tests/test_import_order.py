@@ -64,6 +64,7 @@ MAY_IMPORT = {
     "tuning": {"config", "specs", "layout", "rotation", "calibrate"},
     "recipes": {"config", "specs"},
     "pipeline": {
+        "rosaq",  # its version, for resuming
         "config",
         "devices",
         "specs",

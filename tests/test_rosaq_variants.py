@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from rosaq.quantizers import quantize_in_axes, quantize_with_basis
 from rosaq.recipes import RECIPES, make_recipe
 from rosaq.report.tables import describe_bits
 from rosaq.rotation import inverse_transpose
-from rosaq.specs import QuantSpec, Recipe, RotationSpec, SalientSpec, TuneSpec
+from rosaq.specs import QuantSpec, Recipe, RotationSpec, RowSpec, SalientSpec, TuneSpec
 from tests.families import save_family, tiny_family
 from tests.models import SMALL, save_dense, tiny_llama
 from tests.tolerances import FLOORS, assert_as_good_as, assert_tight
@@ -188,17 +189,38 @@ def json_rotation(directory):
 
 def test_what_does_not_go_together_is_refused():
     dense_everywhere = RotationSpec("dense", "dense", "dense")
-    with pytest.raises(
-        ValueError, match="rotation: got 'dense' with tuning or a budget, need a rotation chosen before"
-    ):
-        Recipe("mine", RTN, dense_everywhere, SalientSpec(4, basis=()), moments="dense", tune=TuneSpec(steps=1))
+    for further in ({"tune": TuneSpec(steps=1)}, {"rows": RowSpec(parts=2)}):
+        with pytest.raises(ValueError, match="rotation: got 'dense' with tuning, a budget or parts of rows, need a"):
+            Recipe("mine", QuantSpec(), dense_everywhere, SalientSpec(4, basis=()), moments="dense", **further)
     with pytest.raises(ValueError, match=r"salient: got a basis and a dense rotation at sites that read \['hidden'\]"):
         Recipe("mine", RTN, dense_everywhere, SalientSpec(4))
     with pytest.raises(ValueError, match="budget: got one with moments 'quantised', need 'dense'"):
         make_recipe("rosaq-layer", target_bits=3.5)
 
 
+@pytest.mark.parametrize(
+    ("spec", "values", "message"),
+    [
+        (RotationSpec, {"residual": "hadamrd"}, "residual: got 'hadamrd', need one of none, random, pca"),
+        (RotationSpec, {"mlp_out": "random"}, "mlp_out: got 'random', need one of none, hadamard, dense"),
+        (SalientSpec, {"by": "energi"}, "by: got 'energi', need one of eigenvalue, energy"),
+        (SalientSpec, {"count": 4, "sites": ("attn_in",)}, r"sites: got \['attn_in'\], need some of .*residual"),
+        (partial(Recipe, "mine", RTN), {"moments": "Dense"}, "moments: got 'Dense', need one of quantised, dense"),
+    ],
+)
+def test_a_word_that_means_nothing_is_refused(spec, values, message):
+    with pytest.raises(ValueError, match=message):
+        spec(**values)
+
+
 def test_directions_stay_principal_when_their_number_changes():
     for name in ("rosaq", "rosaq-basis", "rosaq-layer"):
         assert make_recipe(name, salient=3).salient == replace(RECIPES[name].salient, count=3)
     assert make_recipe("quarot", salient=3).salient.by == "energy"
+
+
+def test_rounding_to_nearest_on_the_dense_stream_looks_at_tokens(tmp_path):
+    """Whoever measures or tunes on the dense model's stream needs it, whatever rounds."""
+    recipe = replace(RECIPES["rtn"], quant=RTN, moments="dense", tune=TuneSpec(steps=2))
+    made = quantize(save_dense(tmp_path / "dense", tiny_llama()), tmp_path / "out", recipe=recipe, **SMALL)
+    assert made.bits_per_weight < 5

@@ -16,8 +16,9 @@ def test_plain_text_is_one_document(tmp_path):
     assert read_text(path) == ["one\n\ntwo\n"]
 
 
-def test_json_lines_are_documents_and_blank_lines_are_skipped(tmp_path):
-    path = tmp_path / "a.jsonl"
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "c4-validation.00000-of-00008.json"])
+def test_json_lines_are_documents_and_blank_lines_are_skipped(name, tmp_path):
+    path = tmp_path / name
     # A raw line separator U+2028 is legal inside a JSON string and must not end the line.
     lines = ['{"text": "one"}', "", json.dumps({"text": "a\u2028b", "url": "x"}, ensure_ascii=False)]
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -32,6 +33,7 @@ def test_json_lines_are_documents_and_blank_lines_are_skipped(tmp_path):
         ("a.txt", b"good\xff", "not UTF-8 at offset 4"),
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', 'line 2: got \'{"body"'),
         ("a.jsonl", b'{"text": 3}\n', "line 1: got"),
+        ("a.json", b'[{"text": "x"}]\n', "line 1: got"),
         ("a.jsonl", b'{"text": "x"}\n{"text"\n', "line 2: got .* need a JSON object"),
     ],
 )

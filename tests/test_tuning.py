@@ -11,7 +11,7 @@ from rosaq.layout import dense_weight, unpack, zero_points
 from rosaq.quantizers import quantize_weight
 from rosaq.recipes import RECIPES
 from rosaq.specs import QuantSpec, TuneSpec
-from rosaq.tuning import TunedBlock, TunedLinear, TuningTokens, tune_block
+from rosaq.tuning import Sequences, TunedBlock, TunedLinear, TuningTokens, tune_block
 from rosaq.tuning.block import block_loss
 from rosaq.tuning.descent import draw_batches
 from tests.models import random_linear, save_dense, tiny_llama
@@ -104,8 +104,11 @@ def test_token_weights_are_importance_over_energy():
     targets = randn(2, 5, 8).double()
     importance = torch.rand(2, 5, dtype=torch.float64) + 0.1
     want = importance / importance.mean() / targets.square().sum(-1)
-    assert_tight(TuningTokens(targets, targets, importance).weights(), want)
-    assert_tight(TuningTokens(targets, 3 * targets).weights(), 1 / targets.square().sum(-1) / 9)
+    once, thrice = Sequences([targets]), Sequences(3 * targets.split(1))
+    assert_tight(TuningTokens(once, once, importance).weights(), want)
+    assert_tight(TuningTokens(once, Sequences([3 * targets])).weights(), 1 / targets.square().sum(-1) / 9)
+    assert len(thrice) == 6
+    assert torch.equal(thrice.at(torch.tensor([5, 0])), targets[[1, 0]])
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +125,7 @@ def setting(tmp_path_factory):
         x = model.inputs_of(0, weights, clean, [site]).inputs[site.name].x.double()
         for name in site.linears:
             made[name] = quantize_weight(weights[f"{name}.weight"], x.T @ x / len(x), spec, torch.arange(2))
-    tokens = TuningTokens(drifted, model.run(0, weights_of, clean), torch.ones(24, 32))
+    tokens = TuningTokens(Sequences([drifted]), Sequences([model.run(0, weights_of, clean)]), torch.ones(24, 32))
     return model, weights, fmt, made, tokens
 
 
@@ -134,7 +137,9 @@ def block_of(setting):
 
 
 def part(tokens, which):
-    return TuningTokens(tokens.inputs[which], tokens.targets[which], tokens.importance[which])
+    numbers = torch.arange(24)[which]
+    inputs, targets = (Sequences([each.at(numbers)]) for each in (tokens.inputs, tokens.targets))
+    return TuningTokens(inputs, targets, tokens.importance[which])
 
 
 def test_tuning_lowers_the_loss_on_tokens_it_has_not_seen(setting):
@@ -188,7 +193,8 @@ def test_refusals():
 def test_a_loss_that_is_not_finite_names_the_block(setting):
     model, *_, tokens = setting
     block = block_of(setting)
-    bad = TuningTokens(tokens.inputs.clone(), tokens.targets, tokens.importance)
-    bad.inputs[0, 0, 0] = torch.inf
+    inputs = tokens.inputs.at(torch.arange(24))
+    inputs[0, 0, 0] = torch.inf
+    bad = TuningTokens(Sequences([inputs]), tokens.targets, tokens.importance)
     with pytest.raises(ValueError, match=r"tuning: model\.layers\.0: got a loss of nan"):
         tune_block(model, 0, block, bad, TuneSpec(steps=1, batch_size=24), seed=0)

@@ -161,6 +161,19 @@ def test_wrong_kernel_results_fail(checkpoint, monkeypatch):
     assert "worst relative error 1.0e-03" in failures(checkpoint)["results"]
 
 
+def test_results_that_are_no_number_fail(checkpoint, monkeypatch):
+    """Of one linear, so that finite errors come after it."""
+    forward, seen = rosaq.RosaqLinear.forward, []
+
+    def broken(self, x):
+        seen.append(self)
+        return forward(self, x) * (float("nan") if len(seen) == 1 else 1)
+
+    monkeypatch.setattr(rosaq.RosaqLinear, "forward", broken)
+    assert "worst relative error nan" in failures(checkpoint)["results"]
+    assert len(seen) > 1
+
+
 def test_bad_requests_are_refused(tmp_path, checkpoint):
     with pytest.raises(FileNotFoundError, match="need a checkpoint directory"):
         verify(tmp_path / "none")

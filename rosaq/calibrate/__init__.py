@@ -1,7 +1,7 @@
 """Activations of a model on calibration text, one block at a time, and their second moments."""
 
 from rosaq.calibrate.blocks import BlockModel, BlockPass, SiteInput
-from rosaq.calibrate.gram import Gram, Tokens
+from rosaq.calibrate.gram import Gram, Tokens, naming
 from rosaq.calibrate.importance import importance_from_scores, importance_summary, token_importance
 from rosaq.calibrate.ranks import (
     average_gradients,
@@ -27,6 +27,7 @@ __all__ = [
     "importance_summary",
     "is_first_rank",
     "mean_over_ranks",
+    "naming",
     "num_ranks",
     "own_share",
     "site_gradients",

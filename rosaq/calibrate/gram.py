@@ -6,6 +6,8 @@ would add lies far below the damping. Only the upper triangle is computed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +42,15 @@ class Tokens:
 _TOKENS_AT_ONCE = 1024  # summed in float32: an entry's error stays below 2**-20 of the energies of its two channels
 _LOUD = 256  # tokens with more than so many times the median energy are summed in float64: a few in a thousand
 _COLUMNS_AT_ONCE = 256  # of the upper triangle: smaller panels skip more of the lower one, larger ones multiply faster
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """A ValueError from within begins with the linear whose inputs are at hand."""
+    try:
+        yield
+    except ValueError as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 class Gram:

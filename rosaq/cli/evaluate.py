@@ -40,16 +40,36 @@ def eval_command(
     names = [] if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
     if tasks is not None:
         check_tasks(names, task_path)
+    for option, value in (("task_limit", task_limit), ("task_path", task_path)):
+        if value is not None and tasks is None:
+            raise ValueError(f"{option}: got {value} without tasks, need both")
+    if task_limit is not None and task_limit < 1:
+        raise ValueError(f"task_limit: got {task_limit}, need at least 1")
     subject = load_subject(model, dtype, device=device)
     for option, values in (("context", contexts), ("passkey", lengths)):
         for value in values:  # all of them before the first run, which may take an hour
             subject.check_length(option, value)
     other = load_subject(reference, dtype, device=device) if reference is not None else None
-    console, results, others = wide_console(), [], dict[str, Any]()
+    asked = request | {"model": model, "context": contexts[0] if len(contexts) == 1 else contexts}
+    asked |= {
+        "reference": reference,
+        "dtype": subject.dtype,
+        "device": device,
+        "passkey": lengths,
+        "tasks": names,
+        "task_limit": task_limit,
+    }
+    console, results, others = wide_console(), list[Any](), dict[str, Any]()
+
+    def record() -> None:  # after every stage: a later one may fail after hours
+        if json_file:
+            write_record(json_file, "eval", asked, results[0] if len(results) == 1 else results, **others)
+
     for length in contexts:
         with count_progress("evaluating", f"windows of {length}") as progress:
             result = evaluate(subject, context=length, reference=other, progress=progress, **request)
         results.append(result.to_dict())
+        record()
     console.print(eval_table(results))
     if positions:
         for row in results:
@@ -57,21 +77,12 @@ def eval_command(
     if lengths:
         others["passkey"] = [_passkeys(subject, length).to_dict() for length in lengths]
         console.print(passkey_table(others["passkey"]))
+        record()
     if tasks is not None:
         found = run_tasks(subject, names, include_path=task_path, limit=task_limit)
         others["tasks"] = [task.to_dict() for task in found]
         console.print(tasks_table(others["tasks"]))
-    if json_file:
-        asked = request | {"model": model, "context": contexts[0] if len(contexts) == 1 else contexts}
-        asked |= {
-            "reference": reference,
-            "dtype": subject.dtype,
-            "device": device,
-            "passkey": lengths,
-            "tasks": names,
-            "task_limit": task_limit,
-        }
-        write_record(json_file, "eval", asked, results[0] if len(results) == 1 else results, **others)
+        record()
 
 
 def _passkeys(subject: Any, length: int) -> PasskeyResult:

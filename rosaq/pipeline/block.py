@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import BlockModel, importance_summary
+from rosaq.calibrate import BlockModel, importance_summary, naming
 from rosaq.config import LinearFormat
 from rosaq.layout import dense_weight
 from rosaq.models import Family, Site
@@ -20,7 +20,7 @@ from rosaq.pipeline.site import SHARED, LinearReport, SitePlan
 from rosaq.quantizers import RowFeedback
 from rosaq.rotation import BlockRotations, rotate_blocks
 from rosaq.specs import Recipe
-from rosaq.tuning import TunedBlock, TunedLinear, TuningTokens, tune_block
+from rosaq.tuning import Sequences, TunedBlock, TunedLinear, TuningTokens, tune_block
 
 Tensors = dict[str, Tensor]
 
@@ -143,14 +143,17 @@ def _tune(
     """(what each linear stores, the norms' gains as stored, loss before and after) of the tuned block; it stays as it
     was, with a warning, where that made it worse: a few steps on few tokens can."""
     model, spec = task.model, task.recipe.tune
-    inputs = torch.cat(stream)
     weight = None if importance[0] is None else torch.cat([w for w in importance if w is not None])
-    weight = None if weight is None else weight.view(inputs.shape[:2])
+    weight = None if weight is None else weight.view(-1, stream[0].shape[1])
     linears = {name: TunedLinear(task.weights[f"{name}.weight"], made[name], fmts[name]) for name in made}
     gains = {name: task.weights[name] for name in model.family.gains}
-    others = {n: t for n, t in task.weights.items() if n not in gains and n.removesuffix(".weight") not in linears}
+    others = {
+        n: (_stored_bias(t, task.name + n) if n.removesuffix(".bias") in linears else t.to(task.dtype)).float()
+        for n, t in task.weights.items()
+        if n not in gains and n.removesuffix(".weight") not in linears
+    }
     block = TunedBlock(linears, gains, others, task.dtype, gain_offset=model.family.gain_offset)
-    tokens = TuningTokens(inputs, torch.cat(targets), weight)
+    tokens = TuningTokens(Sequences(stream), Sequences(targets), weight)
     before, after = tune_block(model, task.index, block, tokens, spec, task.seed * 2**16 + task.index)
     if after > before:
         warnings.warn(
@@ -178,9 +181,9 @@ def _quantize_site(site: Site, task: BlockTask, gram: Tensor | None) -> dict[str
     result."""
     own = [task.weights[f"{linear}.weight"] for linear in site.linears]
     known = [task.of_outputs.get(linear) for linear in site.linears]
-    feedback = (
-        RowFeedback(known, [len(w) for w in own], task.recipe.rows.parts) if any(h is not None for h in known) else None
-    )
+    with naming(task.name + site.linears[0]):
+        heard = any(h is not None for h in known)
+        feedback = RowFeedback(known, [len(w) for w in own], task.recipe.rows.parts) if heard else None
     tensors = task.plan(site).quantize(torch.cat(own), gram, task.name + site.linears[0], feedback)
     cut = {name: tensor.split([len(w) for w in own]) for name, tensor in tensors.items() if name not in SHARED}
     return {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rosaq.config import LinearFormat
 from rosaq.models import Family
-from rosaq.quantizers import damping_term
+from rosaq.quantizers import damped_copies, damping_term
 from rosaq.specs import BudgetSpec, QuantSpec, Recipe
 
 
@@ -157,10 +157,12 @@ def spectrum_of(gram: Tensor, most: int, damping: float, order: Tensor | None) -
     is_kept[order] = True
     bulk = torch.nonzero(~is_kept).flatten()
     arranged = torch.cat([bulk, order.flip(0)])  # whoever is kept first stands last, so each K is a leading part
-    damped = gram[arranged][:, arranged].clone()
-    torch.diagonal(damped).add_(damping_term(torch.diagonal(gram)[bulk].mean(), damping))
-    logs = 2 * torch.log(torch.diagonal(torch.linalg.cholesky(damped)))
-    sums = torch.cumsum(logs, 0)
+    for damped in damped_copies(gram[arranged][:, arranged], torch.diagonal(gram)[bulk].mean(), damping):
+        lower, info = torch.linalg.cholesky_ex(damped)
+        del damped
+        if info.item() == 0:
+            break
+    sums = torch.cumsum(2 * torch.log(torch.diagonal(lower)), 0)
     rest = torch.stack([sums[k - count - 1] for count in range(most + 1)])
     return torch.diagonal(gram)[order].cpu(), rest.cpu(), energy
 

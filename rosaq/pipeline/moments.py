@@ -8,7 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import BlockModel, Gram, SiteInput, Tokens, is_first_rank, sum_over_ranks, token_importance
+from rosaq.calibrate import (
+    BlockModel,
+    Gram,
+    SiteInput,
+    Tokens,
+    is_first_rank,
+    naming,
+    sum_over_ranks,
+    token_importance,
+)
 from rosaq.models import Site
 from rosaq.rotation import BlockRotations, rotate_blocks
 from rosaq.specs import ImportanceSpec
@@ -23,8 +32,8 @@ class SiteMoments:
     counts: how often each token occurs in the calibration text, batches [batch, length].
 
     An expert's are those of the tokens routed to it. One that no token of positive importance reached is measured on
-    every token of the block instead, as if the router had sent them; that, and experts with fewer tokens than input
-    channels, whose second moments are singular before damping, are told in a warning.
+    every token of the block instead, as if the router had sent them; that, and experts with fewer tokens than the
+    widest of their linears has input channels, whose second moments are singular before damping, are told in a warning.
     """
 
     def __init__(
@@ -102,10 +111,8 @@ class SiteMoments:
         if site.name in self._rotations.online:
             x = rotate_blocks(x.float(), self._rotations.online[site.name])  # else rounded again, once mixed
         listens = weight is not None and (not self._spec.sites or site.stage in self._spec.sites)
-        try:
+        with naming(self._name + site.linears[0]):
             gram.add_tokens(Tokens(x, given.of_tokens(weight) if listens and weight is not None else None))
-        except ValueError as error:
-            raise ValueError(f"{self._name}{site.linears[0]}: {error}") from error
 
     @property
     def _name(self) -> str:
@@ -115,7 +122,9 @@ class SiteMoments:
         """Once for each stage of experts: which of them saw too few tokens to know their inputs by."""
         firsts = [site for site in sites if site.expert is not None and site.reads == "residual"]
         sizes = self._model.linear_sizes()
-        few = [site for site in firsts if self._counts.get(site.name, 0) < sizes[site.linears[0]][0]]
+        of_experts = [linear for site in self._model.family.sites if site.expert is not None for linear in site.linears]
+        widest = max((sizes[linear][0] for linear in of_experts), default=0)
+        few = [site for site in firsts if self._counts.get(site.name, 0) < widest]
         if not few or not is_first_rank():
             return
         named = ", ".join(f"{site.expert} ({self._counts.get(site.name, 0)})" for site in few[:_NAMED])
@@ -123,7 +132,7 @@ class SiteMoments:
         alone = sum(site.reads == "residual" for site in unseen)
         rest = f"; {alone} of them saw none and are measured on every token" if alone else ""
         warnings.warn(
-            f"{self._name[:-1]}: got fewer tokens than their {sizes[few[0].linears[0]][0]} input channels for "
+            f"{self._name[:-1]}: got fewer tokens than their {widest} input channels for "
             f"{len(few)} of {len(firsts)} experts: {named}{more}{rest}; need more calibration text (num_sequences, "
             "sequence_length) to measure them well",
             UserWarning,

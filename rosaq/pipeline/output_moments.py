@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import Gram, SiteGradients, Tokens
+from rosaq.calibrate import Gram, SiteGradients, Tokens, naming
 from rosaq.models import Family
-from rosaq.quantizers import NotPositiveDefiniteError, inverse_factor
+from rosaq.quantizers import inverse_factor
 from rosaq.rotation import BlockRotations, inverse_transpose
 
 Tensors = dict[str, Tensor]
@@ -41,14 +41,13 @@ class OutputMoments:
         result = {}
         for name in list(self._parts):
             parts = self._parts.pop(name)
-            try:
+            with naming(self._block + parts[0].site.linears[0]):
                 leverage = _leverage([part.x.float() for part in parts], self._damping)
-            except NotPositiveDefiniteError as error:
-                raise NotPositiveDefiniteError(f"{self._block}{parts[0].site.linears[0]}: {error}") from error
             for linear in parts[0].site.linears:
                 gram = Gram(parts[0].slopes[linear].shape[1], leverage[0].device)
-                for part, weight in zip(parts, leverage, strict=True):
-                    gram.add_tokens(Tokens(part.slopes[linear].float(), weight))
+                with naming(f"{self._block}{linear}: gradients"):
+                    for part, weight in zip(parts, leverage, strict=True):
+                        gram.add_tokens(Tokens(part.slopes[linear].float(), weight))
                 result[linear] = gram.mean().float()
         return result
 

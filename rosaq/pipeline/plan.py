@@ -39,16 +39,15 @@ class Plan:
             return None
         recipe, site = self.recipe, self.model.family.head_site
         count = recipe.salient.count_at(site.reads)
-        if not recipe.budget.is_fixed:
-            count = min(count, recipe.budget.most)  # there are no more principal axes then
+        if not recipe.budget.is_fixed:  # what no block keeps is mixed, and is no principal axis any more
+            count = min(count, self.num_kept_axes)
         return SitePlan(site, recipe, SiteChoice(recipe.head_bits, count), self.rotations.online.get(site.name))
 
     @property
     def num_kept_axes(self) -> int:
-        """How many of the residual stream's leading channels any site keeps in 16 bits."""
+        """How many of the residual stream's leading channels any site of a block keeps in 16 bits."""
         sites = [site.name for site in self.model.family.sites_reading("residual")]
-        of_blocks = max((block[name].num_salient for block in self.choices for name in sites), default=0)
-        return of_blocks if self.head is None else max(of_blocks, self.head.choice.num_salient)
+        return max((block[name].num_salient for block in self.choices for name in sites), default=0)
 
     def head_format(self) -> LinearFormat | None:
         """What the head stores; None where it stays in 16 bits."""

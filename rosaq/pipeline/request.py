@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+import rosaq
 from rosaq.calibrate import BlockModel, num_ranks
 from rosaq.config import LinearFormat
 from rosaq.models import Family
@@ -131,6 +132,8 @@ def request_of(dense: DenseModel, recipe: Recipe, spec: CalibrationSpec, input_i
         "recipe": asdict(recipe),
         "calibration": asdict(spec),
         "device": dense.device.type,
+        "versions": {"rosaq": rosaq.__version__, "torch": str(torch.__version__)},
+        "threads": torch.get_num_threads(),  # sums are in another order with others
         "products": "bfloat16" if dense.passes.is_bf16 else "float32",
         "ranks": num_ranks(),
         "tokens": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest(),

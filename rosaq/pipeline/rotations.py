@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import Gram, Tokens, mean_over_ranks, token_importance
+from rosaq.calibrate import Gram, Tokens, mean_over_ranks, naming, token_importance
 from rosaq.pipeline.memory import release_freed_memory
 from rosaq.pipeline.source import DenseModel
 from rosaq.rotation import (
@@ -195,12 +195,13 @@ def _measure(
             stream[i] = passed.output
             for site in wanted:
                 x = passed.inputs[site.name].x
-                if site.reads == "residual":
-                    tokens = Tokens(x, importance)
-                    residual.add_tokens(tokens)
-                    sinks.add_tokens(tokens.reordered(loud))
-                else:
-                    _add_heads(heads, x, sizes.head_dim)
+                with naming(family.block_prefix(index) + site.linears[0]):
+                    if site.reads == "residual":
+                        tokens = Tokens(x, importance)
+                        residual.add_tokens(tokens)
+                        sinks.add_tokens(tokens.reordered(loud))
+                    else:
+                        _add_heads(heads, x, sizes.head_dim)
         if recipe.rotation.values == "pca":
             values.append(torch.stack([gram.sum_over_ranks().mean() for gram in heads]))
         release_freed_memory()

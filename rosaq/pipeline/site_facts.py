@@ -7,7 +7,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import BlockModel, Gram, SiteGradients, Tokens
+from rosaq.calibrate import BlockModel, Gram, SiteGradients, Tokens, naming
 from rosaq.models import Site
 from rosaq.pipeline.block import formats
 from rosaq.pipeline.budget import SiteChoice, SiteFacts, spectrum_of, squared_steps
@@ -42,7 +42,8 @@ class SiteMeter:
         cost = found.squares()  # of errors of variance 1 in all outputs
         x = found.x if turned is None else rotate_blocks(found.x.float(), turned)
         self._costs[stage] = self._costs.get(stage, 0.0) + float(cost.double().sum())
-        self._grams.setdefault(stage, Gram(x.shape[1], x.device)).add_tokens(Tokens(x, cost))
+        with naming(self._model.family.block_prefix(self._index) + found.site.linears[0]):
+            self._grams.setdefault(stage, Gram(x.shape[1], x.device)).add_tokens(Tokens(x, cost))
         for name, slope in found.slopes.items():
             squares = slope.double().square().sum(0)
             self._of_rows[name] = squares + self._of_rows.get(name, torch.zeros_like(squares))
@@ -62,9 +63,10 @@ class SiteMeter:
             if self._recipe.rows.is_at(stage) and self._model.family.value in sites[0].linears:
                 sensitivity *= LEFT_BY_ROWS
             gram = self._grams[stage].mean()
-            result[stage] = _facts(
-                sites, self._model, self._recipe, self._rotations, self._index, weights, gram, sensitivity
-            )
+            with naming(self._model.family.block_prefix(self._index) + sites[0].linears[0]):
+                result[stage] = _facts(
+                    sites, self._model, self._recipe, self._rotations, self._index, weights, gram, sensitivity
+                )
         return result
 
 

@@ -34,14 +34,10 @@ def damping_term(mean: Tensor, damping: float) -> Tensor:
     return (max(damping, _LEAST_DAMPING) * mean).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def inverse_factor(gram: Tensor, num_bulk: int, damping: float) -> Tensor:
-    """Upper Cholesky factor U [k, k] float64 of (gram + damping)⁻¹, the first `num_bulk` columns being the bulk.
-
-    The damping is a share of the bulk's mean diagonal: with a few huge salient directions in the mean, one per cent
-    of it would swamp the small ones. If the factorisation still fails, damping is doubled, from a fresh copy and with a
-    RuntimeWarning, at most 6 times.
-    """
-    mean = torch.diagonal(gram)[:num_bulk].mean()
+def damped_copies(gram: Tensor, mean: Tensor, damping: float) -> Iterator[Tensor]:
+    """Damped copies of gram [k, k], whose bulk's diagonal has this mean, for whoever finds out whether they are
+    positive definite: after the first each with twice the damping of the one before and a RuntimeWarning, at most 6
+    times. NotPositiveDefiniteError after the last."""
     if not torch.isfinite(mean) or mean < 0:
         raise NotPositiveDefiniteError(f"gram: got a mean diagonal of {mean.item()}, need a finite positive number")
     share = max(damping, _LEAST_DAMPING)
@@ -49,9 +45,28 @@ def inverse_factor(gram: Tensor, num_bulk: int, damping: float) -> Tensor:
         if doubling:
             share *= 2
             message = f"gram [{len(gram)}, {len(gram)}] is not positive definite: damping doubled to {share:.3g}"
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
-        damped = gram.clone()
-        torch.diagonal(damped).add_(damping_term(mean, share))
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        yield _damped(gram, damping_term(mean, share))  # kept by nobody here: the largest matrices of a run
+    raise NotPositiveDefiniteError(
+        f"gram [{gram.shape[0]}, {gram.shape[0]}] is not positive definite with damping up to {share:.3g}: "
+        "calibrate on more tokens, or raise damping"
+    )
+
+
+def _damped(gram: Tensor, term: Tensor) -> Tensor:
+    copy = gram.clone()
+    torch.diagonal(copy).add_(term)
+    return copy
+
+
+def inverse_factor(gram: Tensor, num_bulk: int, damping: float) -> Tensor:
+    """Upper Cholesky factor U [k, k] float64 of (gram + damping)⁻¹, the first `num_bulk` columns being the bulk.
+
+    The damping is a share of the bulk's mean diagonal: with a few huge salient directions in the mean, one per cent
+    of it would swamp the small ones. If the factorisation still fails, damping is doubled, from a fresh copy and with a
+    RuntimeWarning, at most 6 times.
+    """
+    for damped in damped_copies(gram, torch.diagonal(gram)[:num_bulk].mean(), damping):
         lower, info = torch.linalg.cholesky_ex(damped)
         del damped  # the largest matrices of a run: no more of them at once than it takes
         if info.item() == 0:
@@ -60,10 +75,7 @@ def inverse_factor(gram: Tensor, num_bulk: int, damping: float) -> Tensor:
             upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
             if info.item() == 0:
                 return torch.as_tensor(upper)
-    raise NotPositiveDefiniteError(
-        f"gram [{gram.shape[0]}, {gram.shape[0]}] is not positive definite with damping up to {share:.3g}: "
-        "calibrate on more tokens, or raise damping"
-    )
+    raise AssertionError("damped_copies raises where it has no more")
 
 
 class Panel(NamedTuple):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rosaq.config import SUPPORTED_BITS
-from rosaq.specs.weights import QuantSpec, RotationSpec, RowSpec, SalientSpec
+from rosaq.specs.weights import QuantSpec, RotationSpec, RowSpec, SalientSpec, check_choices
 from rosaq.specs.work import BudgetSpec, ImportanceSpec, TuneSpec
 
 HEAD_IN_16_BITS = 16
@@ -34,6 +34,7 @@ class Recipe:
     head_bits: int = HEAD_IN_16_BITS
 
     def __post_init__(self) -> None:
+        check_choices(self, "moments")
         if self.head_bits not in (*SUPPORTED_BITS, HEAD_IN_16_BITS):
             raise ValueError(f"head_bits: got {self.head_bits}, need one of {(*SUPPORTED_BITS, HEAD_IN_16_BITS)}")
         if not self.budget.is_fixed and self.moments != "dense":
@@ -45,8 +46,10 @@ class Recipe:
                 f"rows: got {self.rows.parts} parts with moments {self.moments!r} and method {self.quant.method!r}, "
                 "need 'dense' and 'gptq'"
             )
-        if self.rotation.any_dense and (self.tunes or not self.budget.is_fixed):
-            raise ValueError("rotation: got 'dense' with tuning or a budget, need a rotation chosen before the codes")
+        if self.rotation.any_dense and (self.tunes or not self.budget.is_fixed or self.has_row_feedback):
+            raise ValueError(
+                "rotation: got 'dense' with tuning, a budget or parts of rows, need a rotation chosen before the codes"
+            )
         both = [r for r in self.salient.sites if self.rotation.is_dense(r) and self.salient.is_basis(r)]
         if self.salient.count and both:
             raise ValueError(f"salient: got a basis and a dense rotation at sites that read {both}, need one of them")
@@ -75,4 +78,5 @@ class Recipe:
     def needs_tokens(self) -> bool:
         """True when any step looks at activations (plain round to nearest does not)."""
         looks = self.quant.method == "gptq" or self.salient.count > 0 or self.rotation.any_dense
+        looks = looks or self.moments == "dense" or not self.budget.is_fixed
         return looks or "pca" in self.rotation.residual or self.rotation.values == "pca"

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from rosaq.config import LinearFormat
+
+READS = ("residual", "values", "hidden")  # what a site's linears read
+
+
+def check_choices(spec: Any, *names: str) -> None:
+    """ValueError for the first of these fields of a dataclass that is none of the words its type lists."""
+    hints = get_type_hints(type(spec))
+    for name in names:
+        if getattr(spec, name) not in get_args(hints[name]):
+            raise ValueError(f"{name}: got {getattr(spec, name)!r}, need one of {', '.join(get_args(hints[name]))}")
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,7 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         LinearFormat(self.bits, self.group_size, self.symmetric)
-        if self.method not in ("rtn", "gptq"):
-            raise ValueError(f"method: got {self.method!r}, need 'rtn' or 'gptq'")
+        check_choices(self, "method")
         if not 0 <= self.damping < 1:
             raise ValueError(f"damping: got {self.damping}, need 0 <= damping < 1")
         if self.refine < 0 or (self.refine and self.method != "gptq"):
@@ -55,8 +64,15 @@ class SalientSpec:
 
     count: int = 0
     by: Literal["eigenvalue", "energy"] = "eigenvalue"
-    sites: tuple[str, ...] = ("residual", "values", "hidden")
+    sites: tuple[str, ...] = READS
     basis: tuple[str, ...] = ("hidden",)
+
+    def __post_init__(self) -> None:
+        check_choices(self, "by")
+        for name in ("sites", "basis"):
+            unknown = sorted(set(getattr(self, name)) - set(READS))
+            if unknown:
+                raise ValueError(f"{name}: got {unknown}, need some of what sites read: {', '.join(READS)}")
 
     def count_at(self, reads: str) -> int:
         """Directions kept at a site that reads `reads`."""
@@ -92,6 +108,7 @@ class RotationSpec:
     fit_steps: int = 480
 
     def __post_init__(self) -> None:
+        check_choices(self, "residual", "values", "mlp_out")
         if self.fit_steps < 1:
             raise ValueError(f"fit_steps: got {self.fit_steps}, need at least 1")
 

@@ -63,7 +63,8 @@ class TuneSpec:
 
     steps         of Adam per block at most; 0 for no tuning block by block.
     model_steps   of Adam on the whole model at most, with its codes fixed; 0 for none.
-    batch_size    sequences per step.
+    batch_size    sequences per step, shared out between processes; each takes one at least, so with more processes than
+                  this a step has more, and there may be fewer steps.
     passes        over the calibration sequences at most: with few of them there are fewer steps.
     codes_rate    learning rate of the codes before rounding, in codes a step.
     scales_rate   of the scales, as a share of themselves; gains_rate: of the norms' gains, likewise.
@@ -119,6 +120,8 @@ class BudgetSpec:
             raise ValueError(f"target_bits: got {self.target_bits}, need a positive number")
         if self.most < 1 or self.sequences < 1:
             raise ValueError(f"budget: got most {self.most} and sequences {self.sequences}, need at least 1 of each")
+        if not self.widths:
+            raise ValueError(f"widths: got {self.widths}, need some of {SUPPORTED_BITS}")
         for bits in self.widths:
             check_bits(bits)
 

@@ -8,7 +8,7 @@ sink is one token of hundreds, and everything attends to it).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,23 +24,45 @@ _SEQUENCES_AT_ONCE = 8  # in the passes without gradient
 _MEASURED = 8  # sequences that the loss before and after is measured on
 
 
+class Sequences:
+    """Sequences [length, d] that lie in batches [batch, length, d]. Never joined: the streams of a long calibration
+    text are the largest tensors of a run."""
+
+    def __init__(self, batches: Iterable[Tensor]) -> None:
+        self._each = [sequence for batch in batches for sequence in batch]
+
+    def __len__(self) -> int:
+        return len(self._each)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._each)
+
+    def first(self, count: int) -> Sequences:
+        """The first `count` of them."""
+        return Sequences([torch.stack(self._each[:count])])
+
+    def at(self, numbers: Tensor) -> Tensor:
+        """Those with these numbers, [len(numbers), length, d]."""
+        return torch.stack([self._each[number] for number in numbers.tolist()])
+
+
 @dataclass(frozen=True)
 class TuningTokens:
-    """inputs, targets [sequences, length, d]: what enters the quantised block, and what the dense block made of the
-    dense model's tokens. importance [sequences, length] or None: all equal."""
+    """inputs, targets, each [sequences, length, d]: what enters the quantised block, and what the dense block made of
+    the dense model's tokens. importance [sequences, length] or None: all equal."""
 
-    inputs: Tensor
-    targets: Tensor
+    inputs: Sequences
+    targets: Sequences
     importance: Tensor | None = None
 
     def first(self, count: int) -> TuningTokens:
         """The first `count` sequences."""
         importance = None if self.importance is None else self.importance[:count]
-        return TuningTokens(self.inputs[:count], self.targets[:count], importance)
+        return TuningTokens(self.inputs.first(count), self.targets.first(count), importance)
 
     def weights(self) -> Tensor:
         """Weight of each token's squared error, [sequences, length]: importance over energy, mean importance 1."""
-        energy = self.targets.square().sum(-1).clamp_min(1e-20)
+        energy = torch.stack([sequence.square().sum(-1) for sequence in self.targets]).clamp_min(1e-20)
         if self.importance is None:
             return 1 / energy
         return self.importance / self.importance.mean() / energy
@@ -126,6 +148,6 @@ def _loss(
     weights: Tensor,
     batch: Tensor,
 ) -> Tensor:
-    out = model.forward(index, tensors, tokens.inputs[batch])
-    error = (out.float() - tokens.targets[batch]).square().sum(-1)
+    out = model.forward(index, tensors, tokens.inputs.at(batch))
+    error = (out.float() - tokens.targets.at(batch)).square().sum(-1)
     return (error * weights[batch]).mean()

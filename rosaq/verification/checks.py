@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,7 @@ def _check_numbers(
             return
         if name in sampled:
             error = result_error(tensors, fmt, k, name)
-            if error >= worst:
+            if not error <= worst and not math.isnan(worst):  # no number is worse than any
                 worst, worst_name = error, name
     progress(len(names), len(names))
     for name in reader.names():
@@ -169,7 +170,7 @@ def _check_numbers(
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             yield Check("numbers", "failed", f"{name}: got NaN or Inf, need finite numbers")
             return
-    yield Check("numbers", "ok", "finite; rotations orthogonal; codes of salient columns 0")
+    yield Check("numbers", "ok", "finite; rotations orthogonal; salient columns at their zero point")
     if sampled:
         status: Status = "ok" if worst <= SAME_RESULT else "failed"
         detail = f"{len(sampled)} linears, worst relative error {worst:.1e} ({worst_name}), limit {SAME_RESULT:.1e}"
