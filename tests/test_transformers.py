@@ -17,7 +17,8 @@ from transformers import (
 
 from rosaq.checkpoint import total_bytes
 from rosaq.config import LinearFormat
-from rosaq.integrations.transformers import RosaqConfig, RosaqHfQuantizer, check_offloaded
+from rosaq.integrations.transformers import RosaqConfig, RosaqHfQuantizer
+from rosaq.integrations.transformers_checks import check_offloaded
 from rosaq.linear import PACKED_NAMES, RosaqLinear
 from tests.models import save_rosaq, tiny_mistral, vandalise
 from tests.tolerances import assert_as_good_as, assert_same_function

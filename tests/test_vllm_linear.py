@@ -135,6 +135,23 @@ def test_ranks_that_share_heads_of_a_linear_fused_on_disk_are_refused():
         parts_of(CheckpointConfig(INDEX), "qkv_proj", ["q", "k"], [8, 8, 8])
 
 
+@pytest.mark.parametrize(
+    ("rows", "num_ranks", "held_in_features", "message"),
+    [
+        (128, 1, K, "got 128 rows, need 64 for each of 1 ranks"),
+        (192, 2, K, "got 192 rows, need 64 for each of 2 ranks"),
+        (192, 4, K, "got 192 rows, need 64 for each of 4 ranks"),
+        (128, 2, K // 2, "got 128 rows, need 64 for each of 1 ranks"),  # cut along its columns
+    ],
+)
+@pytest.mark.parametrize("key", ["qweight", "scales", "zeros", "salient_weight"])
+def test_rows_that_no_rank_would_hold_are_refused(rows, num_ranks, held_in_features, message, key):
+    sizes = {"in_features": K, "held_in_features": held_in_features}
+    fused = FusedLinear([Part("o_proj", INDEX, 64)], rank=0, num_ranks=num_ranks, **sizes)
+    with pytest.raises(ValueError, match=rf"^o_proj.{key}: {message}"):
+        fused.load(key, random_linear(INDEX, rows, K, seed=0)[key], None, torch.device("cpu"))
+
+
 def test_missing_tensor_is_named():
     formats = dict.fromkeys(ROWS, INDEX)
     made = linears(formats)

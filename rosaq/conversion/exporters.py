@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rosaq.config import CheckpointConfig, LinearFormat
+from rosaq.config import LinearFormat
 from rosaq.conversion.codes import pack_rows
 from rosaq.linear import RosaqLinear
 
@@ -58,8 +58,12 @@ def compressed(name: str, fmt: LinearFormat, tensors: Tensors, dtype: torch.dtyp
     return result
 
 
-def compressed_config(config: CheckpointConfig, formats: dict[str, LinearFormat]) -> dict[str, Any]:
-    """`quantization_config` of compressed-tensors for linears of `formats` {module path: format}."""
+def compressed_config(formats: dict[str, LinearFormat], ignore: list[str]) -> dict[str, Any]:
+    """`quantization_config` of compressed-tensors for linears of `formats` {module path: format}.
+
+    ignore: full paths of the linears that are not quantised. Unlike modules_to_not_convert of transformers, it does not
+    match by prefix or suffix.
+    """
     names_of: dict[LinearFormat, list[str]] = {}
     for name, fmt in formats.items():
         names_of.setdefault(fmt, []).append(name)
@@ -85,6 +89,6 @@ def compressed_config(config: CheckpointConfig, formats: dict[str, LinearFormat]
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(config.modules_to_not_convert),
+        "ignore": ignore,
         "kv_cache_scheme": None,
     }

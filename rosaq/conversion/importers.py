@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rosaq.checkpoint import WeightReader
 from rosaq.conversion.codes import AWQ_ORDER, Codes, unpack_rows
+from rosaq.experts import ON_DISK
 
 # {quant_method: (the tensor every linear has, the other tensors it may have)}
 TENSORS = {
@@ -122,6 +123,12 @@ def linear_names(reader: WeightReader, method: str) -> list[str]:
     """The quantised linears of a checkpoint of quantisation method `method`, by name."""
     suffix = "." + TENSORS[method][0]
     return sorted(name.removesuffix(suffix) for name in reader.names() if name.endswith(suffix))
+
+
+def name_in_memory(name: str, model_type: str) -> str:
+    """What the model calls the tensor or module that checkpoints on the hub call `name`; rosaq writes these names."""
+    in_memory, on_disk = ON_DISK.get(model_type, ("", ""))
+    return name.replace(on_disk, in_memory) if on_disk else name
 
 
 def read_linear(reader: WeightReader, method: str, name: str, config: dict[str, Any]) -> tuple[int, Codes]:

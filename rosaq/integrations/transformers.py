@@ -6,9 +6,7 @@ transformers only warns about tensors that are missing, and then runs on random 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +18,16 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rosaq.checkpoint import INDEX_FILE, SINGLE_FILE, WeightReader, is_in_block, linear_sizes
+from rosaq.checkpoint import is_in_block
 from rosaq.config import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig
 from rosaq.experts import fused, plan_experts, replace_fused
+from rosaq.integrations.transformers_checks import (
+    check_files,
+    check_loaded,
+    check_offloaded,
+    check_placed,
+    name_in_files,
+)
 from rosaq.integrations.transformers_model import check_untied
 from rosaq.integrations.transformers_rounding import RoundToNearest, check_roundable
 from rosaq.linear import RosaqLinear
@@ -93,6 +98,7 @@ class RosaqHfQuantizer(HfQuantizer):
             self._has_experts = bool(replace_fused(model))
         linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and should_convert_module(n, skip)}
         check_untied(model, linears)
+        placed = set()
         for name, module in linears.items():
             stored = name if held is None else name_in_files(model, name, held)
             if held is not None and stored not in held and not is_in_block(name) and name not in config.modules:
@@ -102,8 +108,11 @@ class RosaqHfQuantizer(HfQuantizer):
             if self.pre_quantized:
                 swapped = RosaqLinear(module.in_features, module.out_features, fmt, bias=bias, device="meta")
                 model.set_submodule(name, swapped)
+                placed.add(stored)
             else:
                 self._rounded.add(name)
+        if held is not None:
+            check_placed(model, held, placed)
         warn_of_dense_experts(model)
         return model
 
@@ -200,58 +209,9 @@ class RosaqHfQuantizer(HfQuantizer):
         return not self._has_experts  # which of them run depends on the tokens
 
 
-def check_loaded(name: str, module: RosaqLinear) -> None:
-    """ValueError naming the tensor if transformers made one up: it marks what it has loaded, and only that."""
-    for key, tensor in module.named_parameters(recurse=False):
-        if not getattr(tensor, "_is_hf_initialized", False):
-            raise ValueError(f"{name}.{key}: got no such tensor in the checkpoint, need it")
-
-
-def check_offloaded(name: str, module: RosaqLinear) -> bool:
-    """True; ValueError if codes come back from the offload folder as another dtype (transformers before 5.19)."""
-    hook = module._hf_hook
-    for part in getattr(hook, "hooks", [hook]):
-        weights = getattr(part, "weights_map", None)
-        if weights is not None and weights["qweight"].dtype != torch.int32:
-            raise ValueError(
-                f"{name}.qweight: got {weights['qweight'].dtype} from the offload folder, need int32: transformers "
-                f"{transformers.__version__} changes what it offloads to disk, need 5.19 or newer or no 'disk'"
-            )
-    return True
-
-
 def has_parallel_styles() -> bool:
     """True where this torch and this transformers have what `transformers_parallel` extends."""
     return torch.distributed.is_available() and find_spec("transformers.distributed.parallel_utils") is not None
-
-
-def name_in_files(model: nn.Module, name: str, held: Collection[str]) -> str:
-    """What the files, which hold the linears `held`, call the linear `name`: a model without a head leaves out the
-    prefix that they have, and the other way round."""
-    prefix = f"{model.base_model_prefix}."
-    return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in held), name)
-
-
-def check_files(checkpoint_files: list[str] | None, config: CheckpointConfig) -> Collection[str] | None:
-    """Names of the quantised linears in the files, None where that is not known; reads headers only. ValueError, naming
-    the file or the tensor, if they do not hold what `config` says.
-
-    transformers drops tensors it has no place for (zeros where the config says symmetric) with a warning, and takes
-    pickles where there is nothing else.
-    """
-    if not checkpoint_files:
-        return None
-    pickles = [path for path in checkpoint_files if not path.endswith(".safetensors")]
-    if pickles:
-        raise ValueError(f"{pickles[0]}: got a file that is not safetensors, need safetensors: nothing is unpickled")
-    directory = Path(checkpoint_files[0]).parent
-    outside = [path for path in checkpoint_files if ".." in Path(path).parts or Path(path).parent != directory]
-    if outside:
-        raise ValueError(f"{INDEX_FILE}: got file {outside[0]}, need plain file names inside one directory")
-    # Files under other names (a `variant`) are left to transformers and to the checks after loading.
-    if any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
-        return linear_sizes(config, WeightReader(directory))
-    return None
 
 
 def dense_linear(linear: RosaqLinear, dtype: torch.dtype) -> nn.Linear:

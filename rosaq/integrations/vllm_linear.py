@@ -118,26 +118,30 @@ class FusedLinear(nn.Module):
             raise ValueError(f"{part.name}.{key}: got {list(tensor.shape)}, need no such tensor by config.json")
         if key == "salient_index":
             check_index(tensor, self.in_features, part.name)
+        name, of_rows = f"{part.name}.{key}", self.num_ranks
         if self.held_in_features != self.in_features:
-            tensor = self._cut(tensor, cut_dim(key, part.format, "in"), self.in_features // self.held_in_features)
+            num_pieces, of_rows = self.in_features // self.held_in_features, 1  # each rank holds all rows
+            tensor = self._cut(name, tensor, cut_dim(key, part.format, "in"), num_pieces, self.num_ranks)
         dim = cut_dim(key, part.format, "out")
         if dim is not None:
             if tensor.shape[dim] % part.held_out_features:
-                raise ValueError(
-                    f"{part.name}.{key}: got {tensor.shape[dim]} rows, need a multiple of {part.held_out_features}"
-                )
-            tensor = self._cut(tensor, dim, tensor.shape[dim] // part.held_out_features)
+                raise ValueError(f"{name}: got {tensor.shape[dim]} rows, need a multiple of {part.held_out_features}")
+            tensor = self._cut(name, tensor, dim, tensor.shape[dim] // part.held_out_features, of_rows)
         part.tensors[key] = tensor.to(device, copy=True)
 
-    def _cut(self, tensor: Tensor, dim: int | None, num_pieces: int) -> Tensor:
+    def _cut(self, name: str, tensor: Tensor, dim: int | None, num_pieces: int, num_ranks: int) -> Tensor:
+        """This rank's one of `num_pieces` equal pieces; ValueError where `num_ranks` would not hold all of them."""
         if dim is None or num_pieces == 1:
             return tensor
-        if tensor.shape[dim] % num_pieces:
+        size, what = tensor.shape[dim], "columns" if dim else "rows"
+        if size % num_pieces:
+            raise ValueError(f"{name}: got {size} {what}, need a multiple of {num_pieces}, one piece a rank")
+        if num_ranks % num_pieces:
             raise ValueError(
-                f"{self.parts[0].name}: got {tensor.shape[dim]} along {dim}, need a multiple of {num_pieces} ranks"
+                f"{name}: got {size} {what}, need {size // num_pieces} for each of {num_ranks} ranks, "
+                "or for as many of them as do not share theirs"
             )
         # Fewer pieces than ranks: several ranks hold the same key-value heads.
-        num_ranks = max(self.num_ranks, num_pieces)
         return tensor.chunk(num_pieces, dim)[self.rank * num_pieces // num_ranks]
 
     # --- after loading ----------------------------------------------------------------------------------------------
