@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 from rosaq.checkpoint import read_config
 from rosaq.integrations.transformers import RosaqConfig
@@ -35,6 +35,18 @@ def test_dense_checkpoint_is_rounded_while_loading_and_saved(tmp_path, tied):
     assert "model.layers.0.mlp.up_proj.qweight" in load_file(tmp_path / "saved" / "model.safetensors")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     assert torch.equal(again(INPUT_IDS).logits, model(INPUT_IDS).logits)
+
+
+def test_linears_of_cross_attention_compute_alone(tmp_path):
+    """Their q reads what the decoder made, k and v what the encoder made."""
+    sizes = {"d_model": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 64}
+    heads = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    BartForConditionalGeneration(BartConfig(**sizes, **heads)).save_pretrained(tmp_path)
+    config = RosaqConfig(bits=4, group_size=32)
+    model = BartForConditionalGeneration.from_pretrained(tmp_path, quantization_config=config)
+    rounded = [module for module in model.modules() if isinstance(module, RosaqLinear)]
+    assert len(rounded) == 16
+    assert all(module.siblings is None for module in rounded)
 
 
 def test_modules_can_be_left_dense(tmp_path):

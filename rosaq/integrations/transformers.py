@@ -178,7 +178,8 @@ class RosaqHfQuantizer(HfQuantizer):
             raise ValueError(f"{missing[0]}.weight: got no such tensor in the checkpoint, need it")
         if self._has_experts:
             vars(model)["_weight_conversions"] = []  # saved under the names in memory, whatever they were on disk
-        join_siblings(model)
+        if not getattr(model.config, "is_encoder_decoder", False):  # there k and v may read what the encoder made
+            join_siblings(model)
         # Codes have no gradient: training what is left of the weights alone is nobody's intention.
         model.requires_grad_(False)
         return model
