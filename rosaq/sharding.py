@@ -54,8 +54,6 @@ def problem(fmt: LinearFormat, in_features: int, out_features: int, cut: Cut, nu
         return f"in_features {k} is no multiple of the group size {fmt.group_size}"
     if fmt.rotation_size and k // fmt.rotation_size % num_ranks:
         return f"in_features {k} is no multiple of the rotation block {fmt.rotation_size}"
-    if 4 * fmt.num_salient * num_ranks > k:  # by index, one rank may hold them all
-        return f"in_features {k} is less than four times its {fmt.num_salient} salient directions"
     return None
 
 

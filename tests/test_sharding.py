@@ -61,12 +61,6 @@ def test_parts_add_up_to_the_whole(name, num_ranks, cut):
             2,
             r"got 2, need one of \[1\]: .* rotation",
         ),
-        (
-            LinearFormat(3, 64, num_salient=24),
-            "in",
-            4,
-            r"got 4, need one of \[1, 2\]: in_features 256 is less than four times its 24 salient directions",
-        ),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused_with_those_that_do(fmt, cut, num_ranks, message):
