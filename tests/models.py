@@ -134,6 +134,14 @@ def save_rosaq(
     return directory
 
 
+def change_config(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Lets `change` edit what config.json holds."""
+    path = directory / "config.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
 def vandalise(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Apply `change` to the checkpoint's dictionary of tensors, on disk."""
     tensors = load_file(directory / "model.safetensors")

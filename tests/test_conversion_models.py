@@ -13,7 +13,7 @@ from rosaq.conversion import convert
 from rosaq.linear import RosaqLinear
 from tests.families import tiny_family
 from tests.foreign import awq, compressed, gptq, save_foreign
-from tests.models import save_rosaq, vandalise
+from tests.models import change_config, save_rosaq, vandalise
 from tests.tolerances import assert_close_in, assert_same_function
 
 INPUT_IDS = torch.arange(24).view(2, 12)
@@ -22,13 +22,6 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "z
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
 PACKS = {"gptq": (gptq, GPTQ), "awq": (awq, AWQ), "compressed-tensors": (compressed, COMPRESSED)}
 O_PROJ = "model.layers.0.self_attn.o_proj"
-
-
-def change_config(directory, change):
-    path = directory / "config.json"
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
 
 
 # --- a mixture, whose files have other names than memory ------------------------------------------------------------

@@ -1,12 +1,10 @@
 """transformers: every quantised linear of the files has a place in the model, or loading is an error."""
 
-import json
-
 import pytest
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rosaq.config import LinearFormat
-from tests.models import VOCAB_SIZE, random_linear, save_rosaq, vandalise
+from tests.models import VOCAB_SIZE, change_config, random_linear, save_rosaq, vandalise
 
 FORMAT = LinearFormat(3, 32, num_salient=4)
 Q_PROJ = "model.layers.1.self_attn.q_proj"
@@ -26,10 +24,7 @@ def _checkpoint(tmp_path):
 )
 @pytest.mark.parametrize("model_class", [AutoModelForCausalLM, AutoModelForSequenceClassification])
 def test_codes_that_the_config_leaves_out_are_an_error(checkpoint, skipped, message, model_class):
-    path = checkpoint / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"]["modules_to_not_convert"].append(skipped)
-    path.write_text(json.dumps(config))
+    change_config(checkpoint, lambda config: config["quantization_config"]["modules_to_not_convert"].append(skipped))
     with pytest.raises(ValueError, match=message):
         model_class.from_pretrained(checkpoint)
 

@@ -10,7 +10,7 @@ import rosaq
 from rosaq.checkpoint import HASHES_FILE, write_hashes
 from rosaq.config import LinearFormat
 from rosaq.verification import verify
-from tests.models import SMALL, save_dense, save_rosaq, vandalise
+from tests.models import SMALL, change_config, save_dense, save_rosaq, vandalise
 
 ROTATED = LinearFormat(4, 32, num_salient=3, salient="basis", rotation_blocks=1, rotation_size=32)
 Q_PROJ = "model.layers.1.self_attn.q_proj"
@@ -27,13 +27,6 @@ def _checkpoint(tmp_path):
 def failures(directory, **options):
     """{check: detail} of what failed."""
     return {check.name: check.detail for check in verify(directory, **options).checks if check.status == "failed"}
-
-
-def change_config(directory, change):
-    path = directory / "config.json"
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
 
 
 def test_sound_checkpoint_passes(checkpoint):
