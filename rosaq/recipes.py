@@ -10,8 +10,6 @@ from rosaq.specs import BudgetSpec, ImportanceSpec, QuantSpec, Recipe, RotationS
 
 _RTN = QuantSpec(method="rtn", clip=False)
 _GPTQ = QuantSpec(method="gptq", clip=True)
-AUTO = -1  # salient directions by the width of the model
-_AUTO_WIDTH = 256  # one direction for so many channels: 0.06 bit per weight where they are kept
 
 RECIPES: dict[str, Recipe] = {
     # the floor: no calibration, no rotation
@@ -26,25 +24,25 @@ RECIPES: dict[str, Recipe] = {
     "rosaq-basis": Recipe("rosaq-basis", _RTN, salient=SalientSpec(16, basis=("residual", "values", "hidden"))),
     # per layer to the letter: every site rotates its input by its own dense PCA matrix, larger than its codes
     "rosaq-layer": Recipe("rosaq-layer", _RTN, RotationSpec("dense", "dense", "dense"), SalientSpec(16, basis=())),
-    # ours: principal directions in FP16 where they pay, a basis of the rest fitted to the weights, second moments that
-    # listen to attended tokens, GPTQ with the salient columns as correctors and, in attention, with rows that make up
-    # for each other's errors, scales and codes once more, tuning block by block and as a whole.
-    # What the scales of groups would take goes into the fourth bit of those codes that gain most by it
+    # ours: a basis fitted to the weights, second moments that listen to attended tokens, GPTQ with, in attention, rows
+    # that make up for each other's errors, scales and codes once more, tuning block by block and as a whole. What the
+    # scales of groups would take goes into the fourth bit of those codes that gain most by it; no principal directions
+    # in 16 bits, which in that basis gain less than the codes that their bits pay for (`salient` has them kept)
     "rosaq-gptq": Recipe(
         "rosaq-gptq",
         replace(_GPTQ, group_size=-1, half_zeros=True, refine=3),
         RotationSpec("pca-fitted", "fitted", "hadamard"),
-        SalientSpec(AUTO, sites=("residual",)),
+        SalientSpec(0, sites=("residual",)),
         ImportanceSpec("attention", 0.01),
         moments="dense",
         tune=TuneSpec(steps=64, model_steps=32),
-        budget=BudgetSpec(target_bits=3.45),
+        budget=BudgetSpec(target_bits=3.45, most=0),
         rows=RowSpec(parts=8, sites=("attn_in", "attn_out")),
     ),
 }
 _UNIFORM_GROUP = 64  # of a recipe with a target, where all codes are to have the same width instead
 _LARGEST_GROUP = 1024
-_DIRECTION_BITS = 0.05  # per weight, for a direction at every site and the rotations
+_OTHER_BITS = 0.05  # per weight, for the rotations that are made online
 DEFAULT_RECIPE = "rosaq-gptq"
 
 
@@ -100,7 +98,8 @@ def make_recipe(
         raise ValueError(f"recipe: got {base!r}, need one of {', '.join(RECIPES)}")
     recipe = RECIPES[base] if isinstance(base, str) else base
     if target_bits is not None or salient_energy is not None:
-        budget = replace(recipe.budget, target_bits=target_bits, energy=salient_energy)
+        most = recipe.budget.most if salient_energy is None else recipe.budget.most or BudgetSpec.most
+        budget = replace(recipe.budget, target_bits=target_bits, energy=salient_energy, most=most)
     elif isinstance(base, str) and any(said is not None for said in (bits, group_size, salient)):
         budget = replace(recipe.budget, target_bits=None)
     else:
@@ -135,20 +134,13 @@ def make_recipe(
     return changed if head_bits is None else replace(changed, head_bits=head_bits)
 
 
-def with_counted_salient(recipe: Recipe, hidden: int) -> Recipe:
-    """The recipe with AUTO replaced by a number for a model of width `hidden`."""
-    if recipe.salient.count != AUTO:
-        return recipe
-    return replace(recipe, salient=replace(recipe.salient, count=max(1, hidden // _AUTO_WIDTH)))
-
-
 def with_groups_for_target(recipe: Recipe, widths: Iterable[int]) -> Recipe:
     """The recipe for linears of in_features `widths`: where its target is more than the widest codes take, the smallest
     groups that the rest pays for. They gain more than further directions, and fourth bits gain more than they do."""
     target = recipe.budget.target_bits
     if target is None or recipe.quant.group_size != -1:
         return recipe
-    left = target - max(recipe.budget.widths) - _DIRECTION_BITS
+    left = target - max(recipe.budget.widths) - _OTHER_BITS
     bits_each = 16 if recipe.quant.symmetric else 24  # scale and zero point
     sizes = [size for size in range(32, _LARGEST_GROUP + 1, 32) if bits_each <= left * size]
     for size in sizes:

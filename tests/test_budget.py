@@ -207,7 +207,8 @@ def test_axes_that_no_site_keeps_are_mixed_into_the_rest(dense, tmp_path, monkey
 
     monkeypatch.setattr(run, "mix_unkept", mix)
     recipe = make_recipe(target_bits=4.6, group_size=32, preset="fast")
-    recipe = replace(recipe, rotation=RotationSpec("pca-random", "random", "hadamard"))
+    budget = replace(recipe.budget, most=16)
+    recipe = replace(recipe, rotation=RotationSpec("pca-random", "random", "hadamard"), budget=budget)
     made = quantize(dense, tmp_path / "out", recipe=recipe, preset="fast", **SMALL)
     [(before, num_kept, after)] = seen
     reads_stream = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -218,6 +219,19 @@ def test_axes_that_no_site_keeps_are_mixed_into_the_rest(dense, tmp_path, monkey
     turned = before.T @ after
     assert turned[num_kept:, :num_kept].abs().max() < 1e-12
     assert turned[num_kept:, num_kept:].abs().max() < 0.9  # no axis is alone any more
+
+
+def test_the_default_keeps_no_directions_unless_they_are_asked_for(dense, tmp_path):
+    assert make_recipe(bits=4).salient.count == make_recipe().budget.most == 0
+    made = quantize(dense, tmp_path / "out", target_bits=4.6, preset="fast", **SMALL)
+    assert {layer["num_salient"] for layer in made.layers} == {0}
+    recipe = make_recipe(preset="fast")
+    room = replace(recipe.budget, target_bits=4.3, widths=(3,), most=3)  # of one width bits can buy nothing else
+    wider = quantize(dense, tmp_path / "wide", recipe=replace(recipe, budget=room), preset="fast", **SMALL)
+    counts = {layer["name"].rpartition(".")[2]: layer["num_salient"] for layer in wider.layers}
+    assert counts["q_proj"]
+    assert counts["up_proj"]
+    assert counts["o_proj"] == counts["down_proj"] == 0  # SalientSpec.sites
 
 
 def test_directions_by_energy_end_to_end(dense, tmp_path):
@@ -232,6 +246,7 @@ def test_directions_by_energy_end_to_end(dense, tmp_path):
 def test_the_default_shares_bits_out_until_something_uniform_is_said():
     default = make_recipe()
     assert (default.budget.target_bits, default.quant.group_size) == (3.45, -1)
+    assert make_recipe(salient_energy=0.5).budget.most == BudgetSpec.most
     assert make_recipe(target_bits=3.6).quant.group_size == -1
     assert make_recipe(target_bits=3.6, group_size=32).quant.group_size == 32
     uniform = {"bits": 4}, {"group_size": 64}, {"salient": 3}, {"salient_energy": 0.5}
@@ -267,8 +282,8 @@ def test_what_is_left_of_a_high_target_buys_the_smallest_groups():
 
 def test_a_high_target_is_met_in_groups_unless_whole_rows_are_said(dense, tmp_path):
     request = {name: value for name, value in SMALL.items() if name != "group_size"}
-    for said, size in (({}, 32), ({"group_size": -1}, -1)):
-        quantize(dense, tmp_path / str(size), target_bits=5.5, preset="fast", **request | said)
+    for said, size, target in (({}, 32, 4.85), ({"group_size": -1}, -1, 4.4)):
+        quantize(dense, tmp_path / str(size), target_bits=target, preset="fast", **request | said)
         assert read_config(tmp_path / str(size)).default.group_size == size
 
 
@@ -277,8 +292,8 @@ def test_a_high_target_is_met_in_groups_unless_whole_rows_are_said(dense, tmp_pa
 def test_whole_rows_under_a_target_in_every_family(family, tmp_path):
     """The default recipe but for its target, which such narrow rows cannot reach."""
     source = save_family(tmp_path / "dense", tiny_family(family))
-    made = quantize(source, tmp_path / "out", target_bits=4.7, preset="fast", **SMALL | {"group_size": -1})
-    assert 4.5 < made.bits_per_weight <= 4.7
+    made = quantize(source, tmp_path / "out", target_bits=4.4, preset="fast", **SMALL | {"group_size": -1})
+    assert 4.2 < made.bits_per_weight <= 4.4
     config = read_config(tmp_path / "out")
     assert {config.format_of(layer["name"]).group_size for layer in made.layers} == {-1}
     result = rosaq.evaluate(tmp_path / "out", reference=source, windows=2, context=32, text=SMALL["calibration"])

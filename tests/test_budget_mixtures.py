@@ -103,7 +103,7 @@ def test_second_moments_are_added_up_over_the_experts(name, dense):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_target_is_met_and_experts_of_a_block_share_it(name, dense, tmp_path):
     made = quantize(dense[name], tmp_path / "out", target_bits=4.7, preset="fast", **SMALL)
-    assert 4.5 < made.bits_per_weight <= 4.7
+    assert 4.4 < made.bits_per_weight <= 4.7
     config, shared = read_config(tmp_path / "out"), defaultdict(set)
     for layer in made.layers:
         fmt = config.format_of(layer["name"])

@@ -182,7 +182,9 @@ def test_what_is_kept_stays_and_norms_hold_the_gains(dense, tmp_path, monkeypatc
             return seen[0][2]
 
     monkeypatch.setattr("rosaq.pipeline.run.Fitting", Watched)
-    quantize(dense, tmp_path / "out", target_bits=4.6, preset="fast", **SMALL)
+    recipe = make_recipe("rosaq-gptq", preset="fast", target_bits=4.6)
+    recipe = replace(recipe, budget=replace(recipe.budget, most=16))
+    quantize(dense, tmp_path / "out", recipe=recipe, preset="fast", **SMALL)
     [(before, num_kept, after)] = seen
     assert num_kept >= 1
     assert torch.equal(after.residual[:, :num_kept], before.residual[:, :num_kept])

@@ -267,7 +267,9 @@ def test_the_embedding_of_a_tied_model_stays_and_the_head_is_untied(recipe, dens
 
 @pytest.mark.parametrize(("target_bits", "kept"), [(4.0, 0), (4.6, 1)])
 def test_a_budget_neither_counts_nor_changes_the_head(target_bits, kept, dense, tmp_path):
-    request = {"target_bits": target_bits, "preset": "fast"} | SMALL
+    recipe = make_recipe(target_bits=target_bits, preset="fast")
+    recipe = replace(recipe, salient=replace(recipe.salient, count=1), budget=replace(recipe.budget, most=16))
+    request = {"recipe": recipe, "preset": "fast"} | SMALL
     plain = quantize(dense["untied"], tmp_path / "plain", **request)
     made = quantize(dense["untied"], tmp_path / "out", head_bits=3, **request)
     assert made.layers[:-1] == plain.layers

@@ -1,5 +1,7 @@
 """Tuning the whole model: the way back through checkpointed blocks is the true gradient, and codes stay."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import linear
@@ -14,7 +16,7 @@ from tests.models import random_linear, save_dense, tiny_llama
 from tests.tolerances import assert_close_in, assert_same_function
 
 FORMAT = LinearFormat(3, 32, False, 2)
-SPEC = TuneSpec(model_steps=24, batch_size=4, passes=24, scales_rate=5e-3, gains_rate=5e-3)
+SPEC = TuneSpec(model_steps=24, batch_size=4, passes=24, scales_rate=5e-3, gains_rate=5e-3, model_rates=1)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +130,24 @@ def test_the_divergence_falls_on_sequences_it_has_not_seen_and_codes_stay(settin
         first,
         last,
     )
+
+
+def test_the_rates_of_its_steps_are_multiples_of_those_of_a_block(setting):
+    """The same steps, whether all rates are doubled one by one or by model_rates."""
+    model, make, predictions = setting
+    few = replace(SPEC, model_steps=3)
+    doubled = replace(few, scales_rate=1e-2, gains_rate=1e-2, salient_rate=2 * few.salient_rate)
+    found = []
+    for spec in (replace(few, model_rates=2), doubled, few):
+        blocks = make()
+        losses = tune_model(model, blocks, predictions, spec, seed=0, progress=lambda *_: None)
+        found.append((losses, [tensor.detach().clone() for block in blocks for tensor, _ in block.groups(spec)]))
+    (twice, moved), (by_hand, wanted), (once, _) = found
+    assert twice == by_hand
+    assert all(torch.equal(*pair) for pair in zip(moved, wanted, strict=True))
+    assert twice[1] < once[1] < once[0]
+    with pytest.raises(ValueError, match="model_rates: got 0, need a positive number"):
+        replace(few, model_rates=0)
 
 
 def test_what_is_left_on_the_tensors_is_the_gradient_of_the_divergence(setting):

@@ -32,19 +32,22 @@ SHIPPED = RECIPES[DEFAULT_RECIPE]
 def variants() -> dict[str, Recipe]:
     """The shipped recipe first, then without each of its ingredients."""
     quant, rotation, salient, tune = SHIPPED.quant, SHIPPED.rotation, SHIPPED.salient, SHIPPED.tune
+    directions, one, two = (replace(SHIPPED.budget, most=most) for most in (16, 1, 2))
     groups = replace(quant, group_size=64)
     return {
         "as shipped": SHIPPED,
         "tokens weigh the same": replace(SHIPPED, importance=ImportanceSpec("uniform")),
-        "no principal directions on the residual stream": replace(SHIPPED, salient=replace(salient, count=0)),
+        "principal directions where the budget finds them": replace(SHIPPED, budget=directions),
         "rotations drawn, not fitted": replace(
             SHIPPED, rotation=replace(rotation, residual="pca-random", values="random")
         ),
         "rotations of values drawn, not fitted": replace(SHIPPED, rotation=replace(rotation, values="random")),
-        "one direction a site at most": replace(SHIPPED, budget=replace(SHIPPED.budget, most=1)),
-        "bases of two at o_proj and down_proj": replace(SHIPPED, salient=SalientSpec(2, basis=("values", "hidden"))),
+        "one direction a site at most": replace(SHIPPED, budget=one),
+        "bases of up to two at o_proj and down_proj": replace(
+            SHIPPED, salient=SalientSpec(sites=("values", "hidden"), basis=("values", "hidden")), budget=two
+        ),
         "no rotation, the largest channels in 16 bits": replace(
-            SHIPPED, rotation=RotationSpec(), salient=replace(salient, by="energy")
+            SHIPPED, rotation=RotationSpec(), salient=replace(salient, by="energy"), budget=directions
         ),
         "no rotation of values": replace(SHIPPED, rotation=replace(rotation, values="none")),
         "no rotation at down_proj": replace(SHIPPED, rotation=replace(rotation, mlp_out="none")),

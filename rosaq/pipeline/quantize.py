@@ -32,7 +32,6 @@ from rosaq.recipes import (
     DEFAULT_RECIPE,
     make_recipe,
     preset_of,
-    with_counted_salient,
     with_groups_for_target,
 )
 from rosaq.specs import CalibrationSpec, Recipe
@@ -147,7 +146,7 @@ def quantize(
     directory = local_directory(model)
     check_output(output, force=force, source=directory)
     dense = DenseModel(directory, bf16=spec.bf16, device=place)
-    chosen = fit_to_family(with_counted_salient(chosen, dense.blocks.sizes.hidden), dense.blocks.family)
+    chosen = fit_to_family(chosen, dense.blocks.family)
     if group_size is None and isinstance(recipe, str):
         chosen = with_groups_for_target(chosen, {k for k, _ in dense.blocks.linear_sizes().values()})
     check_formats(dense.blocks, chosen)

@@ -35,12 +35,13 @@ def fit_to_family(recipe: Recipe, family: Family) -> Recipe:
     if not family.is_post_normed or not rotation.folds_residual:
         return recipe
     online: Literal["none", "hadamard"] = "none" if rotation.residual == "pca" else "hadamard"
-    if salient.count and salient.by == "eigenvalue":
+    most = recipe.most_salient_at("residual")
+    if most and salient.by == "eigenvalue":
         salient = replace(salient, basis=tuple(dict.fromkeys(("residual", *salient.basis))))
     warnings.warn(
         f"{family.name}: got a recipe that rotates the residual stream ({rotation.residual!r}), which norms behind its "
         f"writers do not let fold: made online, per site, with rotation {online!r} and "
-        f"{salient.count_at('residual')} salient directions of its own",
+        f"{most if recipe.budget.is_fixed or not most else f'up to {most}'} salient directions of its own",
         UserWarning,
         stacklevel=3,
     )

@@ -115,9 +115,9 @@ def choose_rotations(
         eigenvalues, axes = principal_axes(grams.residual)
         without = None if grams.calm is None else principal_axes(grams.calm)[0]
         spectrum = Spectrum(eigenvalues, without, grams.sink_share)
-        num_principal = recipe.salient.count_at("residual")
-        if num_principal and not recipe.budget.is_fixed:
-            num_principal = min(recipe.budget.most, sizes.hidden // 4)
+        num_principal = recipe.most_salient_at("residual")
+        if not recipe.budget.is_fixed:
+            num_principal = min(num_principal, sizes.hidden // 4)
         tail = pca_random_tail(grams.residual, num_principal, generator_for(seed, "residual"))
         residual = axes if spec.residual == "pca" else tail
     if spec.values in ("random", "fitted"):  # what is fitted starts from there

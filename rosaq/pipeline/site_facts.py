@@ -81,7 +81,7 @@ def _facts(
     sensitivity: float,
 ) -> SiteFacts:
     site = sites[0]
-    most = min(recipe.budget.most, len(gram) // 4) if recipe.salient.count_at(site.reads) else 0
+    most = min(recipe.most_salient_at(site.reads), len(gram) // 4)
     order = None
     if not recipe.salient.is_basis(site.reads):
         order = salient_order(site, gram, recipe, most)

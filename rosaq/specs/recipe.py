@@ -69,6 +69,12 @@ class Recipe:
         """True when the rows of a weight hear of each other's errors."""
         return self.rows.parts > 1
 
+    def most_salient_at(self, reads: str) -> int:
+        """Directions that a site that reads `reads` has, or may have where a budget chooses."""
+        if self.budget.is_fixed:
+            return self.salient.count_at(reads)
+        return self.budget.most if reads in self.salient.sites else 0
+
     @property
     def has_principal_directions(self) -> bool:
         """True where sites that read the residual stream know principal directions, by a rotation or a basis."""

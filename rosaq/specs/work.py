@@ -69,6 +69,7 @@ class TuneSpec:
     codes_rate    learning rate of the codes before rounding, in codes a step.
     scales_rate   of the scales, as a share of themselves; gains_rate: of the norms' gains, likewise.
     salient_rate  of the salient weights, in units of the linear's mean scale.
+    model_rates   what the last three are multiplied by in the steps of the whole model.
     """
 
     steps: int = 0
@@ -79,6 +80,7 @@ class TuneSpec:
     scales_rate: float = 1e-3
     gains_rate: float = 5e-4
     salient_rate: float = 1e-3
+    model_rates: float = 2.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "model_steps"):
@@ -90,6 +92,8 @@ class TuneSpec:
         for name in ("codes_rate", "scales_rate", "gains_rate", "salient_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, need 0 or more")
+        if not self.model_rates > 0:
+            raise ValueError(f"model_rates: got {self.model_rates}, need a positive number")
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class BudgetSpec:
     target_bits   bits per weight of the quantised linears on average, every tensor of theirs counted. Widths and
                   directions go where they take most off the expected loss for their bits.
     energy        directions at a site: the fewest that hold this share of its second moments.
-    most          directions at one site at most.
+    most          directions at one site at most; 0 for none, under a target.
     widths        of the codes that a target may choose from.
     sequences     of the calibration text that the sites are measured on; more where feedback between rows takes more.
     """
@@ -118,8 +122,10 @@ class BudgetSpec:
             raise ValueError(f"energy: got {self.energy}, need 0 < energy < 1")
         if self.target_bits is not None and not self.target_bits > 0:
             raise ValueError(f"target_bits: got {self.target_bits}, need a positive number")
-        if self.most < 1 or self.sequences < 1:
-            raise ValueError(f"budget: got most {self.most} and sequences {self.sequences}, need at least 1 of each")
+        if self.most < (0 if self.energy is None else 1):
+            raise ValueError(f"most: got {self.most}, need 1 or more, or 0 without a share of energy")
+        if self.sequences < 1:
+            raise ValueError(f"sequences: got {self.sequences}, need at least 1")
         if not self.widths:
             raise ValueError(f"widths: got {self.widths}, need some of {SUPPORTED_BITS}")
         for bits in self.widths:

@@ -57,7 +57,7 @@ def tune_model(
         predictions = replace(predictions, head=predictions.head.bfloat16())
     before = _divergence(model, blocks, predictions, measured)
     batches = draw_batches(len(predictions.embedded), spec.model_steps, spec, seed)
-    groups = [group for block in blocks for group in block.groups(spec)]
+    groups = [(tensor, spec.model_rates * rate) for block in blocks for tensor, rate in block.groups(spec)]
     for step, batch in enumerate(descend(groups, batches)):
         out = _run(model, blocks, predictions.embedded[batch])
         leaf = out.detach().requires_grad_()
