@@ -116,7 +116,7 @@ def make_recipe(
     if salient is not None:
         if salient < 0:
             raise ValueError(f"salient: got {salient}, need 0 or more")
-        if salient and chosen.by == "eigenvalue" and not recipe.has_principal_directions:
+        if salient and chosen.by == "eigenvalue" and not recipe.has_principal("residual"):
             chosen = replace(chosen, by="energy")  # without principal axes the largest channels are what there is
         chosen = replace(chosen, count=salient)
     listened = recipe.importance if importance is None else replace(recipe.importance, strategy=importance)

@@ -212,6 +212,10 @@ def bad_requests():
         "output exists": (["quantize", "{dense}", "-o", "{dense}", *FAST], "{dense}"),
         "already quantised": (["quantize", "{quantised}", "-o", "{new}", *FAST], "quantised"),
         "too little text": (["eval", "{dense}", "--text", "{text}", "--windows", "9999"], "text: got"),
+        "too little text for the second context": (
+            ["eval", "{dense}", "--text", "{text}", "--windows", "50", "--context", "16", "--context", "512"],
+            "for 50 windows of 512",
+        ),
         "context": (["eval", "{dense}", "--context", "1"], "context: got 1, need at least 2"),
         "late context": (
             ["eval", "{dense}", "--context", "16", "--context", "9999"],

@@ -18,7 +18,7 @@ from rosaq.quantizers import quantize_in_axes, quantize_with_basis
 from rosaq.recipes import RECIPES, make_recipe
 from rosaq.report.tables import describe_bits
 from rosaq.rotation import inverse_transpose
-from rosaq.specs import QuantSpec, Recipe, RotationSpec, RowSpec, SalientSpec, TuneSpec
+from rosaq.specs import BudgetSpec, QuantSpec, Recipe, RotationSpec, RowSpec, SalientSpec, TuneSpec
 from tests.families import save_family, tiny_family
 from tests.models import SMALL, save_dense, tiny_llama
 from tests.tolerances import FLOORS, assert_as_good_as, assert_tight
@@ -194,6 +194,12 @@ def test_what_does_not_go_together_is_refused():
             Recipe("mine", QuantSpec(), dense_everywhere, SalientSpec(4, basis=()), moments="dense", **further)
     with pytest.raises(ValueError, match=r"salient: got a basis and a dense rotation at sites that read \['hidden'\]"):
         Recipe("mine", RTN, dense_everywhere, SalientSpec(4))
+    for rotation, sites in ((RotationSpec(), "'residual', 'values'"), (RotationSpec("pca", "fitted"), "'values'")):
+        with pytest.raises(ValueError, match=rf"got principal directions at sites that read \[{sites}\], which"):
+            Recipe("mine", RTN, rotation, SalientSpec(4))
+    drawn, room = RotationSpec("random"), BudgetSpec(target_bits=3.5, most=1)
+    with pytest.raises(ValueError, match=r"got principal directions at sites that read \['residual'\], which nothing"):
+        Recipe("mine", RTN, drawn, SalientSpec(sites=("residual",)), moments="dense", budget=room)
     with pytest.raises(ValueError, match="budget: got one with moments 'quantised', need 'dense'"):
         make_recipe("rosaq-layer", target_bits=3.5)
 

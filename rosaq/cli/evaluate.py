@@ -8,7 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from rosaq.cli.options import Device, Documents, JsonFile
-from rosaq.evaluation import PasskeyResult, check_tasks, evaluate, find_passkeys, load_subject, run_tasks
+from rosaq.evaluation import (
+    PasskeyResult,
+    check_tasks,
+    evaluate,
+    evaluation_windows,
+    find_passkeys,
+    load_subject,
+    run_tasks,
+)
 from rosaq.report.console import wide_console
 from rosaq.report.progress import count_progress
 from rosaq.report.record import write_record
@@ -49,6 +57,7 @@ def eval_command(
     for option, values in (("context", contexts), ("passkey", lengths)):
         for value in values:  # all of them before the first run, which may take an hour
             subject.check_length(option, value)
+    evaluation_windows(subject, **request, context=max(contexts))  # likewise: is the text long enough for all of them?
     other = load_subject(reference, dtype, device=device) if reference is not None else None
     asked = request | {"model": model, "context": contexts[0] if len(contexts) == 1 else contexts}
     asked |= {

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rosaq.evaluation.metrics import PositionTally, TallyRow
-from rosaq.evaluation.subject import Model, load_subject
+from rosaq.evaluation.subject import Model, Subject, load_subject
 from rosaq.text import builtin_text, read_text, select_documents, token_windows
 
 Text = str | Path | Sequence[str] | None
@@ -82,15 +83,13 @@ def evaluate(
     tokenizer   needed only where `model` is a module that does not know the directory it came from.
     progress    called with (windows done, windows) after every batch.
     """
-    for name, value, least in (("context", context, 2), ("windows", windows, 1), ("batch_size", batch_size, 1)):
-        if value < least:
-            raise ValueError(f"{name}: got {value}, need at least {least}")
+    _check_numbers(context, windows, batch_size)
     subject = load_subject(model, dtype, tokenizer, device=device)
     subject.check_length("context", context)
     other = load_subject(reference, dtype, device=device) if reference is not None else None
     if other is not None and None not in (own := (subject.vocabulary, other.vocabulary)) and own[0] != own[1]:
         raise ValueError(f"reference: got a vocabulary of {own[1]}, need {own[0]}, that of the model")
-    ids = token_windows(subject.tokenizer, _documents(text, documents), windows, context, None)
+    ids = evaluation_windows(subject, text, documents, windows, context)
     tally, seconds = PositionTally(context), 0.0
     for start in range(0, windows, batch_size):
         batch = ids[start : start + batch_size]
@@ -128,6 +127,18 @@ def evaluate(
         device=str(subject.device),
         by_position=tuple(tally.rows()),
     )
+
+
+def evaluation_windows(subject: Subject, text: Text, documents: str | None, windows: int, context: int) -> Tensor:
+    """The tokens [windows, context] that `evaluate` measures; ValueError for a text that has fewer."""
+    _check_numbers(context, windows)
+    return token_windows(subject.tokenizer, _documents(text, documents), windows, context, None)
+
+
+def _check_numbers(context: int, windows: int, batch_size: int = 1) -> None:
+    for name, value, least in (("context", context, 2), ("windows", windows, 1), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise ValueError(f"{name}: got {value}, need at least {least}")
 
 
 def _documents(text: Text, documents: str | None) -> list[str]:

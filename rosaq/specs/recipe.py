@@ -53,6 +53,13 @@ class Recipe:
         both = [r for r in self.salient.sites if self.rotation.is_dense(r) and self.salient.is_basis(r)]
         if self.salient.count and both:
             raise ValueError(f"salient: got a basis and a dense rotation at sites that read {both}, need one of them")
+        kept = [reads for reads in self.salient.sites if self.most_salient_at(reads)]
+        unknown = [reads for reads in kept if self.salient.by == "eigenvalue" and not self.has_principal(reads)]
+        if unknown:
+            raise ValueError(
+                f"salient: got principal directions at sites that read {unknown}, which nothing makes there, need "
+                "rotation 'pca', a basis, other sites, or channels by 'energy'"
+            )
 
     @property
     def quantizes_head(self) -> bool:
@@ -75,10 +82,10 @@ class Recipe:
             return self.salient.count_at(reads)
         return self.budget.most if reads in self.salient.sites else 0
 
-    @property
-    def has_principal_directions(self) -> bool:
-        """True where sites that read the residual stream know principal directions, by a rotation or a basis."""
-        return "pca" in self.rotation.residual or self.rotation.residual == "dense" or self.salient.is_basis("residual")
+    def has_principal(self, reads: str) -> bool:
+        """True where sites that read `reads` know principal directions, by a rotation or a basis."""
+        folded = {"residual": "pca" in self.rotation.residual, "values": self.rotation.values == "pca"}
+        return folded.get(reads, False) or self.rotation.is_dense(reads) or reads in self.salient.basis
 
     @property
     def needs_tokens(self) -> bool:
