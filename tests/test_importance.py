@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from rosaq.calibrate import BlockModel, BlockPass, importance_from_scores, importance_summary, token_importance
+from rosaq.calibrate import (
+    BlockModel,
+    BlockPass,
+    Gram,
+    Tokens,
+    importance_from_scores,
+    importance_summary,
+    token_importance,
+)
+from rosaq.pipeline.rotations import add_value_heads
 from rosaq.specs import STRATEGIES, ImportanceSpec
 from tests.models import save_dense, tiny_llama, tiny_mistral
 from tests.tolerances import assert_same_function, assert_tight
@@ -119,3 +128,14 @@ def test_attention_received_is_the_column_sum_under_the_layers_mask(make, window
     want = scores.masked_fill(~allowed, -torch.inf).softmax(-1).sum((1, 2))
     assert_same_function(got, want)
     assert_same_function(got.sum(1), torch.full((3,), 4 * 11.0))  # heads x queries
+
+
+def test_axes_of_value_heads_listen_to_it_too():
+    """Two key-value heads of three query heads each: a token's weight reaches its part in every one of them."""
+    x = torch.randn(40, 2 * 3 * 8, generator=torch.Generator().manual_seed(0))
+    weight = torch.linspace(0.1, 2, 40)
+    grams = [Gram(8), Gram(8)]
+    add_value_heads(grams, Tokens(x, weight), 8)
+    parts = x.double().view(40, 2, 3, 8)
+    want = torch.einsum("t,tkgi,tkgj->kij", weight.double(), parts, parts) / (3 * weight.double().sum())
+    assert_same_function(torch.stack([gram.mean() for gram in grams]), want, torch.float32)

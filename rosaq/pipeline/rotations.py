@@ -201,7 +201,7 @@ def _measure(
                         residual.add_tokens(tokens)
                         sinks.add_tokens(tokens.reordered(loud))
                     else:
-                        _add_heads(heads, x, sizes.head_dim)
+                        add_value_heads(heads, Tokens(x, importance), sizes.head_dim)
         if recipe.rotation.values == "pca":
             values.append(torch.stack([gram.sum_over_ranks().mean() for gram in heads]))
         release_freed_memory()
@@ -219,11 +219,14 @@ def is_sink(hidden: Tensor) -> Tensor:
     return energy > _SINK * energy.median()
 
 
-def _add_heads(grams: list[Gram], x: Tensor, head_dim: int) -> None:
-    """Add attention outputs x [tokens, num_heads * head_dim] to the second moments of their key-value heads."""
-    per_kv = x.unflatten(1, (len(grams), -1, head_dim))  # query heads of one key-value head are adjacent
+def add_value_heads(grams: list[Gram], tokens: Tokens, head_dim: int) -> None:
+    """Add attention outputs [tokens, num_heads * head_dim] to the second moments of their key-value heads."""
+    per_kv = tokens.x.unflatten(1, (len(grams), -1, head_dim))  # query heads of one key-value head are adjacent
+    importance = tokens.importance
+    if importance is not None:  # a token counts the same in all of them
+        importance = importance.repeat_interleave(per_kv.shape[2])
     for kv, gram in enumerate(grams):
-        gram.add_tokens(Tokens(per_kv[:, kv].flatten(0, 1)))
+        gram.add_tokens(Tokens(per_kv[:, kv].flatten(0, 1), importance))
 
 
 def generator_for(seed: int, purpose: str) -> torch.Generator:
