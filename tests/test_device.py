@@ -53,12 +53,16 @@ def made(dense, tmp_path_factory):
     return root, json.loads((root / "told.json").read_text())
 
 
-def is_same(name, here, there):
+def is_same(name, here, there, case):
     """A few salient weights may differ by less than float16 holds of the largest: what is left of a column beside its
-    codes can be small, and what was tuned before that was taken off was not."""
+    codes can be small, and what was tuned before that was taken off was not. And of the scales of a linear that was
+    tuned one may fall on the other side of a middle between two float16 numbers: Adam's first steps have one size,
+    however small the gradient, so they grow the last bits of sums."""
+    off = (here.float() - there.float()).abs()
     if name.endswith("salient_weight"):
-        off = (here.float() - there.float()).abs()
         return bool(off.max() <= 2**-11 * there.float().abs().max()) and int(off.count_nonzero()) <= 2
+    if name.endswith("scales") and case == "tuned":
+        return bool((off <= 2**-10 * there.float().abs()).all()) and int(off.count_nonzero()) <= 1
     return torch.equal(here, there)
 
 
@@ -67,7 +71,7 @@ def test_another_device_ends_with_the_tensors_of_the_cpu(case, made):
     root, told = made
     here, there = (load_file(root / f"{case}-{place}" / "model.safetensors") for place in ("imitated", "cpu"))
     assert here.keys() == there.keys()
-    assert [name for name in here if not is_same(name, here[name], there[name])] == []
+    assert [name for name in here if not is_same(name, here[name], there[name], case)] == []
     assert told[case]["device"] == "imitated:0"
 
 

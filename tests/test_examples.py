@@ -38,7 +38,7 @@ def test_replace_one_linear():
 def test_quantise_and_chat(tmp_path):
     # Built-in text: its windows of 512 tokens fit the tiny model's positions.
     dense = save_dense(tmp_path / "dense", tiny_llama(max_position_embeddings=1024))
-    small = ["--target-bits", "5.5", "--num-sequences", "1", "--max-new-tokens", "3"]
+    small = ["--target-bits", "4.85", "--num-sequences", "1", "--max-new-tokens", "3"]
     output = run("quantise_and_chat.py", dense, tmp_path / "out", *small, stdin="Hello\nAnd again\n")
     assert "bits per weight" in output
     assert rosaq.verify(tmp_path / "out").is_sound
