@@ -6,12 +6,14 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rosaq.pipeline import QuantizeResult, quantize
+from rosaq.recipes import make_recipe
 from rosaq.specs import CalibrationSpec
 from tests.imitated_device import NAME, Imitation, register
 from tests.models import TEXT
@@ -37,6 +39,10 @@ def main(cases: str, out: str) -> None:
 def _quantize(output: Path, options: dict[str, Any]) -> QuantizeResult:
     # products in float32: what is fused on one device is not on another
     spec = CalibrationSpec(bf16=False, **options.pop("spec"))
+    rates = options.pop("model_rates", None)  # of a recipe's tuning: no argument of `quantize`
+    if rates is not None:
+        recipe = make_recipe(options["recipe"], **{name: options.pop(name) for name in ("group_size", "salient")})
+        options["recipe"] = replace(recipe, tune=replace(recipe.tune, model_rates=rates))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return quantize(output=output, spec=spec, calibration=TEXT, **options)

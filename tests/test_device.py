@@ -27,7 +27,9 @@ CASES = {
     "rosaq": {"recipe": "rosaq", "group_size": 32, "salient": 4},
     "layer": {"recipe": "rosaq-layer", "group_size": 32, "salient": 4},
     "quarot": {"recipe": "quarot", "group_size": 32, "importance": "chunks"},
-    "tuned": {"recipe": "rosaq-gptq", "group_size": 32, "salient": 2, "preset": "best"},
+    # Adam's first steps have one size, however small the gradient: larger ones grow the last bits of sums until a scale
+    # falls on the other float16 neighbour
+    "tuned": {"recipe": "rosaq-gptq", "group_size": 32, "salient": 2, "preset": "best", "model_rates": 1},
     "budget": {"recipe": "rosaq-gptq", "target_bits": 4.2, "head_bits": 4, "preset": "fast"},
     "mixture": {"recipe": "rosaq-gptq", "group_size": 32, "salient": 2, "preset": "fast"},
 }
@@ -53,16 +55,12 @@ def made(dense, tmp_path_factory):
     return root, json.loads((root / "told.json").read_text())
 
 
-def is_same(name, here, there, case):
+def is_same(name, here, there):
     """A few salient weights may differ by less than float16 holds of the largest: what is left of a column beside its
-    codes can be small, and what was tuned before that was taken off was not. And of the scales of a linear that was
-    tuned one may fall on the other side of a middle between two float16 numbers: Adam's first steps have one size,
-    however small the gradient, so they grow the last bits of sums."""
-    off = (here.float() - there.float()).abs()
+    codes can be small, and what was tuned before that was taken off was not."""
     if name.endswith("salient_weight"):
+        off = (here.float() - there.float()).abs()
         return bool(off.max() <= 2**-11 * there.float().abs().max()) and int(off.count_nonzero()) <= 2
-    if name.endswith("scales") and case == "tuned":
-        return bool((off <= 2**-10 * there.float().abs()).all()) and int(off.count_nonzero()) <= 1
     return torch.equal(here, there)
 
 
@@ -71,7 +69,7 @@ def test_another_device_ends_with_the_tensors_of_the_cpu(case, made):
     root, told = made
     here, there = (load_file(root / f"{case}-{place}" / "model.safetensors") for place in ("imitated", "cpu"))
     assert here.keys() == there.keys()
-    assert [name for name in here if not is_same(name, here[name], there[name], case)] == []
+    assert [name for name in here if not is_same(name, here[name], there[name])] == []
     assert told[case]["device"] == "imitated:0"
 
 
