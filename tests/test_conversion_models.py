@@ -203,5 +203,6 @@ def test_what_is_no_checkpoint_to_convert_gets_told_what_to_do(tmp_path):
     save_foreign(tmp_path / "dense", gptq, {}, bits=4)
     with pytest.raises(ValueError, match=r"got a dense checkpoint, need .*, or `rosaq quantize`, which takes dense"):
         convert(tmp_path / "dense", tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match=r"owner/name/config.json: got no such file, .*`hf download ID"):
-        convert("owner/name", tmp_path / "out")
+    (tmp_path / "dense" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"source: got .*dense without config.json, need a model directory"):
+        convert(tmp_path / "dense", tmp_path / "out")

@@ -168,7 +168,7 @@ def test_results_that_are_no_number_fail(checkpoint, monkeypatch):
 
 
 def test_bad_requests_are_refused(tmp_path, checkpoint):
-    with pytest.raises(FileNotFoundError, match="need a checkpoint directory"):
+    with pytest.raises(FileNotFoundError, match="directory: got .*none.*, need a model directory or a hub name"):
         verify(tmp_path / "none")
     with pytest.raises(ValueError, match="sample: got -1"):
         verify(checkpoint, sample=-1)

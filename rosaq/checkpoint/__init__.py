@@ -6,6 +6,7 @@ ever unpickled.
 """
 
 from rosaq.checkpoint.hashes import HASHES_FILE, file_hash, read_hashes, write_hashes
+from rosaq.checkpoint.hub import model_directory
 from rosaq.checkpoint.measure import (
     bits_by_tensor,
     bits_per_weight,
@@ -31,6 +32,7 @@ __all__ = [
     "is_in_block",
     "linear_bytes",
     "linear_sizes",
+    "model_directory",
     "new_directory",
     "put_in_place",
     "read_config",

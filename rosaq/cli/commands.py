@@ -20,7 +20,7 @@ from typing import Annotated, Any, cast
 import typer
 
 import rosaq
-from rosaq.checkpoint import bits_by_tensor, read_config, read_json, total_bytes
+from rosaq.checkpoint import bits_by_tensor, model_directory, read_config, read_json, total_bytes
 from rosaq.cli.evaluate import eval_command
 from rosaq.cli.options import Device, Documents, JsonFile, calibration_documents
 from rosaq.cli.quantize import quantize_command
@@ -93,10 +93,11 @@ def generate(
 
 @app.command("inspect")
 def inspect_command(
-    directory: Annotated[Path, typer.Argument(help="A rosaq checkpoint.")],
+    checkpoint: Annotated[str, typer.Argument(help="A rosaq checkpoint: a directory or a hub id.")],
     layers: Annotated[bool, typer.Option("--layers", help="One row per linear, with its measured error.")] = False,
 ) -> None:
     """Show what is in a checkpoint: formats, bits per weight, bytes, errors."""
+    directory = model_directory(checkpoint, "checkpoint")
     console = wide_console()
     console.print(config_table(read_config(directory), bits_by_tensor(directory), total_bytes(directory)))
     console.print(kinds_table(linears_by_kind(directory)))
@@ -111,7 +112,9 @@ def inspect_command(
 
 @app.command("convert")
 def convert_command(
-    source: Annotated[Path, typer.Argument(help="A rosaq, GPTQ, AWQ or compressed-tensors checkpoint.")],
+    source: Annotated[
+        str, typer.Argument(help="A rosaq, GPTQ, AWQ or compressed-tensors checkpoint: a directory or a hub id.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="New directory for the checkpoint.")],
     to: Annotated[
         str | None, typer.Option(help="dense or compressed-tensors (from rosaq), rosaq (from the others).")
@@ -136,11 +139,12 @@ def convert_command(
 
 @app.command("verify")
 def verify_command(
-    directory: Annotated[Path, typer.Argument(help="A rosaq checkpoint.")],
+    checkpoint: Annotated[str, typer.Argument(help="A rosaq checkpoint: a directory or a hub id.")],
     sample: Annotated[int, typer.Option(help="Linears to run against the float64 reference.")] = 8,
     json_file: JsonFile = None,
 ) -> None:
     """Check that a checkpoint is what it says it is; exit code 1 where it is not."""
+    directory = model_directory(checkpoint, "checkpoint")
     if _is_dense(directory):  # not unsound, but another thing
         raise ValueError(f"{directory}: got a model without quantization_config, need a checkpoint written by rosaq")
     with count_progress("verifying", "linears") as progress:
@@ -148,7 +152,7 @@ def verify_command(
     wide_console().print(verify_table([check._asdict() for check in verdict.checks]))
     typer.echo("sound" if verdict.is_sound else "NOT SOUND: do not use this checkpoint")
     if json_file:
-        write_record(json_file, "verify", {"directory": directory, "sample": sample}, verdict.to_dict())
+        write_record(json_file, "verify", {"directory": checkpoint, "sample": sample}, verdict.to_dict())
     if not verdict.is_sound:
         raise typer.Exit(1)
 

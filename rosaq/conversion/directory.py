@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rosaq.checkpoint import (
     WeightReader,
     linear_sizes,
+    model_directory,
     new_directory,
     read_config,
     read_json,
@@ -95,7 +96,7 @@ def convert(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Write the checkpoint in `source` to the new directory `output` in another format.
+    """Write the checkpoint in `source`, a directory or a hub name, to the new directory `output` in another format.
 
     From a rosaq checkpoint: to="dense" (default; weights of `dtype`, float16 where None, works anywhere) or
     "compressed-tensors" (the same codes; only without salient directions and online rotations; 3 bits need
@@ -105,7 +106,7 @@ def convert(
     ValueError for another format, target or dtype, for a dtype where the target is not "dense", and for tensors that
     the target has no place for, by name; FileNotFoundError where `source` is no model directory.
     """
-    source, output = Path(source), Path(output)
+    source, output = model_directory(source, "source"), Path(output)
     values = _read_values(source)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, need one of {sorted(DTYPES)}")
@@ -132,10 +133,7 @@ def convert(
 def _read_values(source: Path) -> dict[str, Any]:
     """config.json, with the settings of the quantisation where older checkpoints have them in a file of their own."""
     if not (source / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{source}/config.json: got no such file, need a model directory (`hf download ID --local-dir DIR` makes "
-            "one of a hub id)"
-        )
+        raise FileNotFoundError(f"source: got {source} without config.json, need a model directory")
     values = read_json(source / "config.json")
     for name, method in _SETTINGS.items():
         if not values.get("quantization_config") and (source / name).is_file():

@@ -9,34 +9,20 @@ import torch
 from torch import Tensor
 
 from rosaq.calibrate import BlockModel
-from rosaq.checkpoint import WeightReader
+from rosaq.checkpoint import WeightReader, model_directory
 from rosaq.experts import NAMES, name_on_disk
 
 # Mixtures on disk have a tensor for each linear of each expert, or one for all experts, as in transformers' memory.
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 _ROWS_AT_ONCE = 4096  # of two vocabularies that are compared: memory never holds both
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # never pickles
 
 
 def local_directory(model: str | Path) -> Path:
-    """A local model directory as it is, or the hub repository "owner/name" downloaded (safetensors only)."""
-    path = Path(model)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"model: got {path} without config.json, need a Hugging Face model directory")
-        return path
-    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"model: got {str(model)!r}, need a model directory or a hub name 'owner/name'")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"model: got {str(model)!r}, which is no directory here and could not be downloaded "
-            f"({type(error).__name__}), need a model directory or a reachable hub name"
-        ) from error
+    """`model_directory`, which must have a config.json."""
+    directory = model_directory(model)
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"model: got {directory} without config.json, need a Hugging Face model directory")
+    return directory
 
 
 class DenseModel:

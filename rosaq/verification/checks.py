@@ -15,6 +15,7 @@ from rosaq.checkpoint import (
     WeightReader,
     file_hash,
     linear_sizes,
+    model_directory,
     read_config,
     read_hashes,
     read_json,
@@ -55,14 +56,12 @@ def verify(directory: str | Path, *, sample: int = 8, progress: Progress | None 
     sample    how many linears (spread over the model) are run and compared with the float64 reference.
     progress  called with (linears done, linears in all).
 
-    What is wrong with the checkpoint is a failed check, never an exception; FileNotFoundError where there is no
-    directory, ValueError for a negative sample.
+    A hub name is downloaded first. What is wrong with the checkpoint is a failed check, never an exception;
+    FileNotFoundError where there is neither directory nor repository, ValueError for a negative sample.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: got no such directory, need a checkpoint directory")
     if sample < 0:
         raise ValueError(f"sample: got {sample}, need 0 or more")
+    directory = model_directory(directory, "directory")
     return Verdict(list(_checks(directory, sample, progress or (lambda _done, _total: None))))
 
 
