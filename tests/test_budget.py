@@ -268,7 +268,7 @@ def test_the_default_shares_bits_out_until_something_uniform_is_said():
 
 
 def test_what_is_left_of_a_high_target_buys_the_smallest_groups():
-    """On SmolLM2-135M 4.31 bits are worth more that way than as directions (docs/accuracy.md)."""
+    """On SmolLM2-135M 4.31 bits are worth more that way than as directions (docs/experiments.md)."""
     widths = (576, 1536)
     sizes = {3.45: -1, 4.06: -1, 4.2: 192, 4.31: 96, 4.5: 64, 6.0: 32}
     for target, size in sizes.items():
