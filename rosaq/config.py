@@ -8,6 +8,7 @@ from typing import Any, Literal
 FORMAT_VERSION = 2  # since 2 a zero point may be a multiple of 1/2 (rosaq.layout)
 QUANT_METHOD = "rosaq"
 SUPPORTED_BITS = (3, 4)
+GROUP_SIZES = (128, 64, 32)  # that every kernel takes, as it does whole rows; CPUs take any multiple of 32
 
 SalientKind = Literal["index", "basis"]
 
@@ -170,6 +171,11 @@ class CheckpointConfig:
         method, version = values.pop("quant_method", None), values.pop("version", None)
         if method != QUANT_METHOD:
             raise ValueError(f"quantization_config.quant_method: got {method!r}, need {QUANT_METHOD!r}")
+        if version is None:
+            raise ValueError(
+                "quantization_config.version: got none, need that of a checkpoint; to round a dense model while it "
+                "loads, give quantization_config=RosaqConfig(bits=..., group_size=...)"
+            )
         if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
                 f"quantization_config.version: got {version!r}, this rosaq reads 1 to {FORMAT_VERSION}; "

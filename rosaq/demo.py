@@ -94,13 +94,13 @@ def run_demo(
     json_file      where the numbers go as well, None for nowhere.
     """
     console = wide_console()
-    console.print(f"[bold]1[/] {DEMO_NAME}: SmolLM2-135M-Instruct out of the installed {DEMO_PACKAGE} package")
+    console.print(f"1 {DEMO_NAME}: SmolLM2-135M-Instruct out of the installed {DEMO_PACKAGE} package")
     dense = ensure_demo_model(directory / DEMO_NAME)
     spec = CalibrationSpec(num_sequences=num_sequences)
     outputs: dict[str, Path] = {}
     seconds: dict[str, float] = {}
     for recipe in RECIPES:
-        console.print(f"[bold]2[/] quantise: recipe {recipe}, INT3, group {GROUP_SIZE}")
+        console.print(f"2 quantise: recipe {recipe}, INT3, group {GROUP_SIZE}")
         output = directory / f"{DEMO_NAME}-{recipe}-int3-g{GROUP_SIZE}"
         with quantize_progress() as progress:
             made = rosaq.quantize(
@@ -115,16 +115,16 @@ def run_demo(
                 progress=progress,
             )
         outputs[recipe], seconds[recipe] = output, made.seconds
-    console.print("[bold]3[/] reload through transformers and compare with the original")
+    console.print("3 reload through transformers and compare with the original")
     results = _evaluate_all(dense, outputs, text, windows)
     for recipe, made_in in seconds.items():
         results[recipe]["quantize_seconds"] = made_in
     console.print(eval_table(list(results.values()), ["FP16", *(f"{recipe} INT3" for recipe in outputs)]))
     best = outputs[RECIPES[-1]]
-    console.print(f"[bold]4[/] {best} continues a text")
-    console.print(continue_text(best, PROMPT, max_new_tokens=40).text, markup=False)
+    console.print(f"4 {best} continues a text")
+    console.print(continue_text(best, PROMPT, max_new_tokens=40).text)
     console.print(
-        "\n[bold]Your own model:[/]\n"
+        "\nYour own model:\n"
         "  rosaq quantize MODEL -o OUT --calibration TEXT\n"
         "  rosaq eval OUT --reference MODEL --text OTHER_TEXT\n"
         '  rosaq generate OUT "Once upon a time"'

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -80,6 +81,8 @@ class RosaqLinear(nn.Module):
         """The packed module made of one linear's disk-layout tensors; ValueError, with `name`, as `check` tells."""
         if "qweight" not in tensors:
             raise ValueError(f"{name}.qweight: got no such tensor among {sorted(tensors)}, need it")
+        if tensors["qweight"].ndim != 2:
+            raise ValueError(f"{name}.qweight: got shape {list(tensors['qweight'].shape)}, need [out_features, words]")
         out_features, num_words = tensors["qweight"].shape
         in_features = num_words * 32 // format.bits
         linear = cls(in_features, out_features, format, bias="bias" in tensors, device="meta")
@@ -108,6 +111,10 @@ class RosaqLinear(nn.Module):
         spec           bits, group size and method; `QuantSpec()` where None.
         salient_index  int64 [r], input channels that stay in 16 bits.
         """
+        if salient_index is not None:
+            if not isinstance(salient_index, Tensor) or salient_index.dtype != torch.int64 or salient_index.ndim != 1:
+                raise ValueError(f"salient_index: got {salient_index!r}, need an int64 tensor [r]")
+            check_index(salient_index, linear.in_features, type(linear).__name__)
         # The one way from run time to the offline half, imported when used: serving must not load it.
         from rosaq.quantizers import quantize_weight
 
@@ -122,15 +129,18 @@ class RosaqLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [.., k] float16, bfloat16 or float32 -> y [.., n] of the same dtype, differentiable in x."""
         if x.requires_grad and torch.is_grad_enabled():
-            return cast(Tensor, InputGradient.apply(x, self.forward, self.dequantize))  # type: ignore[no-untyped-call]
-        packed = self._buffers["packed"]
+            # Not self.forward: hooks of accelerate and of tensor parallelism stand there, and have run already.
+            run = partial(RosaqLinear.forward, self)
+            return cast(Tensor, InputGradient.apply(x, run, self._weight_later()))  # type: ignore[no-untyped-call]
+        packed, qweight = self._buffers["packed"], self._parameters["qweight"]
         siblings = self.siblings
-        if siblings is not None and not torch.compiler.is_compiling() and not x.is_inference():
+        if siblings is not None and qweight is None and not torch.compiler.is_compiling() and not x.is_inference():
             return siblings.compute(self, x)
-        if packed is None:
+        if packed is None or qweight is not None:
             self.check(type(self).__name__)
-            if self.is_offloaded:
-                # The hook takes the Parameters away after this call and needs them to be there.
+            if self.is_offloaded or packed is not None:
+                # The hook (or torch.func.functional_call, beside what is packed) takes the Parameters away after this
+                # call and needs them to be there.
                 packed = self._packed_tensor()
             else:
                 self.pack()
@@ -295,9 +305,20 @@ class RosaqLinear(nn.Module):
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:
-        """The dense weight float32 [n, k] that gives y = x · weightᵀ + bias: salient and rotation included."""
+        """The dense weight float32 [n, k] that gives y = x · weightᵀ + bias: salient and rotation included. ValueError
+        where its tensors are away: offloaded, or never loaded."""
         held = {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
+        away = [name for name, tensor in held.items() if tensor.device.type == "meta"]
+        if away:
+            raise ValueError(f"{away[0]}: got a tensor on the meta device, need it here (offloaded, or not loaded yet)")
         return dense_weight(held | self._disk_tensors(), self.format)
+
+    def _weight_later(self) -> Callable[[], Tensor]:
+        """`dequantize` for the way back; offloaded tensors, which are here only now, are held until then."""
+        if not self.is_offloaded:
+            return self.dequantize
+        held = {name: tensor.detach() for name, tensor in self._parameters.items() if tensor is not None}
+        return lambda: dense_weight(held, self.format)
 
     @property
     def bits_per_weight(self) -> float:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rosaq.config import GROUP_SIZES
 from rosaq.specs import BudgetSpec, ImportanceSpec, QuantSpec, Recipe, RotationSpec, RowSpec, SalientSpec, TuneSpec
 
 _RTN = QuantSpec(method="rtn", clip=False)
@@ -41,8 +41,6 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 _UNIFORM_GROUP = 64  # of a recipe with a target, where all codes are to have the same width instead
-_LARGEST_GROUP = 1024
-_OTHER_BITS = 0.05  # per weight, for the rotations that are made online
 DEFAULT_RECIPE = "rosaq-gptq"
 
 
@@ -90,13 +88,20 @@ def make_recipe(
     """The recipe `base` (a name or a recipe of your own) with some of its choices changed; None keeps one.
 
     A recipe by name that has a target (rosaq-gptq: 3.45 bits per weight) gives every site the same instead once bits,
-    group_size or salient is said: 3 bits in groups of 64, but for what is said. A recipe of your own keeps its budget:
+    group_size or salient is said: 3 bits in groups of 64, but for what is said. From a target of 4 bits on, codes of 4
+    bits may stand in smaller groups. A recipe of your own keeps its budget:
     group_size is then that of all codes. ValueError for an unknown name or number, for bits or salient with a budget
     that chooses them, and for an importance that no second moments would listen to.
     """
     if isinstance(base, str) and base not in RECIPES:
         raise ValueError(f"recipe: got {base!r}, need one of {', '.join(RECIPES)}")
     recipe = RECIPES[base] if isinstance(base, str) else base
+    for name, share in {"target_bits": target_bits, "salient_energy": salient_energy}.items():
+        if share is not None and recipe.moments != "dense":
+            raise ValueError(
+                f"{name}: got {share} with recipe {recipe.name!r}, whose moments are {recipe.moments!r}, need 'dense' "
+                f"(recipe {DEFAULT_RECIPE})"
+            )
     if target_bits is not None or salient_energy is not None:
         most = recipe.budget.most if salient_energy is None else recipe.budget.most or BudgetSpec.most
         budget = replace(recipe.budget, target_bits=target_bits, energy=salient_energy, most=most)
@@ -104,11 +109,15 @@ def make_recipe(
         budget = replace(recipe.budget, target_bits=None)
     else:
         budget = recipe.budget
+    target = budget.target_bits
+    if isinstance(base, str) and group_size is None and target is not None and target >= max(budget.widths):
+        budget = replace(budget, group_sizes=GROUP_SIZES)  # what fourth bits leave of it
     chosen_by_budget = {"salient": not budget.is_fixed, "bits": budget.target_bits is not None}
     for name, value in {"salient": salient, "bits": bits}.items():
         if value is not None and chosen_by_budget[name]:
             raise ValueError(f"{name}: got {value} with a budget, which chooses it, need one of them")
-    if group_size is None and recipe.budget.target_bits is not None and budget.target_bits is None:
+    loses_target = recipe.budget.target_bits is not None and budget.target_bits is None
+    if group_size is None and isinstance(base, str) and loses_target:
         group_size = _UNIFORM_GROUP
     wanted: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     quant = replace(recipe.quant, **{name: value for name, value in wanted.items() if value is not None})
@@ -132,18 +141,3 @@ def make_recipe(
     if importance is not None and not changed.needs_tokens:
         raise ValueError(f"importance: got {importance!r} with recipe {recipe.name!r}, need one that looks at tokens")
     return changed if head_bits is None else replace(changed, head_bits=head_bits)
-
-
-def with_groups_for_target(recipe: Recipe, widths: Iterable[int]) -> Recipe:
-    """The recipe for linears of in_features `widths`: where its target is more than the widest codes take, the smallest
-    groups that the rest pays for. They gain more than further directions, and fourth bits gain more than they do."""
-    target = recipe.budget.target_bits
-    if target is None or recipe.quant.group_size != -1:
-        return recipe
-    left = target - max(recipe.budget.widths) - _OTHER_BITS
-    bits_each = 16 if recipe.quant.symmetric else 24  # scale and zero point
-    sizes = [size for size in range(32, _LARGEST_GROUP + 1, 32) if bits_each <= left * size]
-    for size in sizes:
-        if all(width % size == 0 for width in widths):
-            return replace(recipe, quant=replace(recipe.quant, group_size=size))
-    return recipe

@@ -25,6 +25,8 @@ def finite_problem(tensor: Tensor) -> str | None:
 
 def index_problem(index: Tensor, in_features: int) -> str | None:
     """Why the channels `index` [r] are not different ones of [0, in_features); None where they are."""
+    if not len(index):
+        return None
     low, high, num = int(index.min()), int(index.max()), len(set(index.tolist()))
     if low >= 0 and high < in_features and num == len(index):
         return None

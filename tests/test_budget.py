@@ -9,19 +9,20 @@ import torch
 import rosaq
 from rosaq.calibrate import BlockModel, drawn_labels, site_gradients
 from rosaq.checkpoint import read_config
-from rosaq.config import LinearFormat
+from rosaq.config import GROUP_SIZES, LinearFormat
 from rosaq.linear import RosaqLinear
 from rosaq.pipeline import quantize, run
 from rosaq.pipeline.budget import SiteChoice, SiteFacts, share_out, spectrum_of, squared_steps, stored_bits
 from rosaq.pipeline.rotations import mix_unkept
 from rosaq.quantizers import NotPositiveDefiniteError, quantize_weight
-from rosaq.recipes import make_recipe, with_groups_for_target
+from rosaq.recipes import make_recipe
 from rosaq.specs import BudgetSpec, QuantSpec, RotationSpec
 from tests.families import save_family, tiny_family
 from tests.models import SMALL, save_dense, tiny_llama
 from tests.tolerances import assert_tight
 
 K, N = 64, 32
+GROUPED = QuantSpec(group_size=32)
 
 
 def randn(*shape, seed=0):
@@ -34,7 +35,7 @@ def site(sensitivity=1.0, decay=0.0, most=4, spikes=0, height=1e4):
     values[:spikes] *= height
     kept, rest, energy = spectrum_of(torch.diag(values), most, 0.0, torch.arange(most))
     base = LinearFormat(3, 32, num_salient=1)
-    return SiteFacts(((K, N),), base, sensitivity, {3: 1 / 49, 4: 1 / 225}, kept, rest, energy)
+    return SiteFacts(((K, N),), base, sensitivity, {(3, 32): 1 / 49, (4, 32): 1 / 225}, kept, rest, energy)
 
 
 def test_a_diagonal_gram_leaves_the_geometric_mean_of_what_is_not_kept():
@@ -42,8 +43,8 @@ def test_a_diagonal_gram_leaves_the_geometric_mean_of_what_is_not_kept():
     values = torch.exp(-0.05 * torch.arange(K, dtype=torch.float64))
     for count in range(5):
         want = 3.0 * (K - count) * values[count:].log().mean().exp() / 49 / 12
-        assert fact.loss(SiteChoice(3, count)) == pytest.approx(float(want), rel=1e-7)  # the least damping
-    assert fact.loss(SiteChoice(4, 1)) / fact.loss(SiteChoice(3, 1)) == pytest.approx(49 / 225)
+        assert fact.loss(SiteChoice(3, count, 32)) == pytest.approx(float(want), rel=1e-7)  # the least damping
+    assert fact.loss(SiteChoice(4, 1, 32)) / fact.loss(SiteChoice(3, 1, 32)) == pytest.approx(49 / 225)
 
 
 def test_principal_directions_and_channels_agree_on_a_diagonal_gram():
@@ -83,8 +84,8 @@ def test_the_bits_of_a_site_are_those_of_its_stored_tensors():
 
 def test_more_bits_go_where_errors_cost_more_and_the_budget_is_kept():
     facts = [{"a": site(1.0), "b": site(100.0)}, {"a": site(50.0), "b": site(2.0)}]
-    least = sum(f.bits(SiteChoice(3, 0)) for block in facts for f in block.values()) / (4 * K * N)
-    chosen = share_out(facts, BudgetSpec(target_bits=least + 0.5), QuantSpec())
+    least = sum(f.bits(SiteChoice(3, 0, 32)) for block in facts for f in block.values()) / (4 * K * N)
+    chosen = share_out(facts, BudgetSpec(target_bits=least + 0.5), GROUPED)
     assert [[c.bits for c in block.values()] for block in chosen] == [[3, 4], [4, 3]]
     assert [[c.num_salient for c in block.values()] for block in chosen] == [[0, 0], [0, 0]]  # codes gain more here
     used = sum(facts[i][name].bits(choice) for i, block in enumerate(chosen) for name, choice in block.items())
@@ -93,27 +94,27 @@ def test_more_bits_go_where_errors_cost_more_and_the_budget_is_kept():
 
 def test_directions_go_where_the_spectrum_is_steep():
     facts = [{"flat": site(), "spiked": site(spikes=3)}]
-    least = facts[0]["flat"].bits(SiteChoice(3, 0)) / (K * N)
+    least = facts[0]["flat"].bits(SiteChoice(3, 0, 32)) / (K * N)
     room = BudgetSpec(target_bits=least + 1.7 * 16 / K, widths=(3,), most=4)  # three directions, for either of them
-    chosen = share_out(facts, room, QuantSpec())
+    chosen = share_out(facts, room, GROUPED)
     assert (chosen[0]["flat"].num_salient, chosen[0]["spiked"].num_salient) == (0, 3)
 
 
 def test_a_direction_that_towers_comes_before_a_wider_code():
     facts = [{"towering": site(most=1, spikes=1, height=1e24), "flat": site(sensitivity=2.0, most=1)}]
-    least = facts[0]["flat"].bits(SiteChoice(3, 0)) / (K * N)
-    chosen = share_out(facts, BudgetSpec(target_bits=least + 0.5, most=1), QuantSpec())
-    assert chosen[0]["towering"] == SiteChoice(3, 1)
+    least = facts[0]["flat"].bits(SiteChoice(3, 0, 32)) / (K * N)
+    chosen = share_out(facts, BudgetSpec(target_bits=least + 0.5, most=1), GROUPED)
+    assert chosen[0]["towering"] == SiteChoice(3, 1, 32)
 
 
 def test_directions_by_energy_are_the_fewest_that_hold_the_share():
     values = torch.exp(-0.7 * torch.arange(K, dtype=torch.float64))
     facts = [{"a": site(decay=0.7, most=8)}]
     for share in (0.3, 0.6, 0.9):
-        count = share_out(facts, BudgetSpec(energy=share), QuantSpec(4))[0]["a"]
+        count = share_out(facts, BudgetSpec(energy=share), replace(GROUPED, bits=4))[0]["a"]
         held = torch.cumsum(values, 0) / values.sum()
-        assert count == SiteChoice(4, int((held < share).sum()) + 1)
-    assert share_out(facts, BudgetSpec(energy=0.9999), QuantSpec())[0]["a"].num_salient == 8
+        assert count == SiteChoice(4, int((held < share).sum()) + 1, 32)
+    assert share_out(facts, BudgetSpec(energy=0.9999), GROUPED)[0]["a"].num_salient == 8
 
 
 def test_the_predicted_loss_is_what_gptq_leaves():
@@ -123,14 +124,14 @@ def test_the_predicted_loss_is_what_gptq_leaves():
     weight = randn(256, K, seed=1).float()
     kept, rest, energy = spectrum_of(gram, 1, 0.01, torch.arange(1))
     spec = QuantSpec(3, 32, method="gptq", clip=False)
-    steps = squared_steps([weight], spec, (3, 4))
+    steps = squared_steps([weight], [(3, 32), (4, 32)], False)
     fact = SiteFacts(((K, 256),), LinearFormat(3, 32), 256.0, steps, kept, rest, energy)
     losses = {}
     for bits in (3, 4):
         stored = quantize_weight(weight, gram, replace(spec, bits=bits))
         error = RosaqLinear.from_tensors(stored, LinearFormat(bits, 32)).dequantize().double() - weight
         losses[bits] = float(((error @ gram) * error).sum())
-        assert fact.loss(SiteChoice(bits, 0)) == pytest.approx(losses[bits], rel=1 / 3)
+        assert fact.loss(SiteChoice(bits, 0, 32)) == pytest.approx(losses[bits], rel=1 / 3)
     assert losses[4] / losses[3] == pytest.approx(49 / 225, rel=0.2)
 
 
@@ -267,24 +268,58 @@ def test_the_default_shares_bits_out_until_something_uniform_is_said():
         make_recipe(by_energy, salient=3)
 
 
-def test_what_is_left_of_a_high_target_buys_the_smallest_groups():
+def test_what_fourth_bits_leave_buys_small_groups_where_they_gain_most():
+    wide = {(3, -1): 4 / 49, (4, -1): 4 / 225, (4, 64): 3.6 / 225, (4, 32): 3.2 / 225}
+    facts = [{name: replace(site(cost, most=0), squared_step=wide) for name, cost in {"a": 1.0, "b": 4.0}.items()}]
+    whole_rows = QuantSpec(group_size=-1)
+    reach = [facts[0]["a"].bits(SiteChoice(bits, 0, size)) / (K * N) for bits, size in ((4, -1), (4, 32))]
+
+    def shared(target):
+        chosen = share_out(facts, BudgetSpec(target_bits=target), whole_rows)[0]
+        assert sum(facts[0][name].bits(choice) for name, choice in chosen.items()) <= target * 2 * K * N
+        return [(chosen[name].bits, chosen[name].group_size) for name in ("a", "b")]
+
+    assert shared(reach[0]) == [(4, -1), (4, -1)]
+    assert shared(sum(reach) / 2) == [(4, -1), (4, 32)]
+    assert shared(reach[1]) == [(4, 32), (4, 32)]
+    assert shared(reach[0] - 0.3)[0] == (3, -1)  # groups are for codes of the largest width
+    with pytest.raises(ValueError, match="target_bits: got 9, need"):
+        shared(9)
+
+
+def test_only_high_targets_of_recipes_by_name_choose_groups():
     """On SmolLM2-135M 4.31 bits are worth more that way than as directions (docs/experiments.md)."""
-    widths = (576, 1536)
-    sizes = {3.45: -1, 4.06: -1, 4.2: 192, 4.31: 96, 4.5: 64, 6.0: 32}
-    for target, size in sizes.items():
-        assert with_groups_for_target(make_recipe(target_bits=target), widths).quant.group_size == size, target
-    symmetric = make_recipe(target_bits=4.31, symmetric=True)
-    assert with_groups_for_target(symmetric, widths).quant.group_size == 64
-    assert with_groups_for_target(make_recipe(target_bits=4.31), [576, 1504]).quant.group_size == -1
-    assert with_groups_for_target(make_recipe(target_bits=4.31, group_size=64), widths).quant.group_size == 64
-    assert with_groups_for_target(make_recipe(bits=4), widths).quant.group_size == 64
+    for target, sizes in {3.45: (), 3.99: (), 4.0: GROUP_SIZES, 4.31: GROUP_SIZES}.items():
+        assert make_recipe(target_bits=target).budget.group_sizes == sizes, target
+    assert make_recipe(target_bits=4.31, group_size=64).budget.group_sizes == ()
+    assert make_recipe(bits=4).budget.group_sizes == ()
+    assert make_recipe(replace(make_recipe(), name="mine"), target_bits=4.31).budget.group_sizes == ()
+    with pytest.raises(ValueError, match=r"group_sizes: got \(96,\), need some of \(128, 64, 32\)"):
+        BudgetSpec(target_bits=4.31, group_sizes=(96,))
 
 
 def test_a_high_target_is_met_in_groups_unless_whole_rows_are_said(dense, tmp_path):
     request = {name: value for name, value in SMALL.items() if name != "group_size"}
-    for said, size, target in (({}, 32, 4.85), ({"group_size": -1}, -1, 4.4)):
-        quantize(dense, tmp_path / str(size), target_bits=target, preset="fast", **request | said)
-        assert read_config(tmp_path / str(size)).default.group_size == size
+    whole = {"group_size": -1}
+    for name, said, target, sizes in (
+        ("some", {}, 4.7, {-1, 32, 64}),
+        ("rows", whole, 4.4, {-1}),
+    ):
+        made = quantize(dense, tmp_path / name, target_bits=target, preset="fast", **request | said)
+        config = read_config(tmp_path / name)
+        assert {config.format_of(layer["name"]).group_size for layer in made.layers} == sizes, name
+        assert made.bits_per_weight <= target
+        assert rosaq.verify(tmp_path / name).is_sound
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on a CPU only:UserWarning")
+def test_groups_that_no_gpu_takes_are_told(tmp_path):
+    source = save_dense(
+        tmp_path / "dense",
+        tiny_llama(hidden_size=192, intermediate_size=192, num_attention_heads=12, num_key_value_heads=6),
+    )
+    with pytest.warns(UserWarning, match="group_size: got 96, which runs on a CPU only"):
+        quantize(source, tmp_path / "out", recipe="rtn", **SMALL | {"group_size": 96})
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text"])
@@ -311,5 +346,9 @@ def test_refusals(dense, tmp_path):
         make_recipe(salient_energy=0.5, target_bits=3.5)
     with pytest.raises(ValueError, match=r"energy: got 1\.5, need 0 < energy < 1"):
         BudgetSpec(energy=1.5)
+    for said in {"target_bits": 3.5}, {"salient_energy": 0.5}:
+        [name] = said
+        with pytest.raises(ValueError, match=f"{name}: got .* with recipe 'gptq', whose moments are 'quantised', need"):
+            make_recipe("gptq", **said)
     with pytest.raises(ValueError, match="budget: got one with moments 'quantised', need 'dense'"):
-        make_recipe("gptq", target_bits=3.5)
+        replace(make_recipe("gptq"), budget=BudgetSpec(target_bits=3.5))

@@ -118,7 +118,7 @@ def loss(got, want, gram):
 def calibration_ids(source):
     from rosaq.pipeline.request import calibration_windows
 
-    return calibration_windows(DenseModel(source), SMALL["calibration"], SMALL["spec"])
+    return calibration_windows(DenseModel(source), RECIPES["gptq"], SMALL["calibration"], SMALL["spec"])
 
 
 def test_directions_of_the_head_are_those_of_a_site_that_reads_the_stream(made, dense, tmp_path):
@@ -275,6 +275,12 @@ def test_a_budget_neither_counts_nor_changes_the_head(target_bits, kept, dense, 
     assert made.layers[:-1] == plain.layers
     assert made.bits_per_weight == plain.bits_per_weight <= target_bits
     assert (made.layers[-1]["bits"], made.layers[-1]["num_salient"]) == (3, kept)
+
+
+def test_directions_by_energy_are_the_heads_too(dense, tmp_path):
+    made = quantize(dense["untied"], tmp_path / "out", salient_energy=0.5, head_bits=4, preset="fast", **SMALL)
+    *blocks, head = (layer["num_salient"] for layer in made.layers)
+    assert head == max(blocks) > 0
 
 
 def test_the_head_keeps_no_more_directions_than_any_block_does(dense, tmp_path):

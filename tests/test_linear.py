@@ -227,6 +227,48 @@ def test_the_gradient_passes_through_to_the_input(fmt, dtype):
     assert not linear(x.detach()).requires_grad
 
 
+def test_hooks_around_the_module_run_once_whether_it_has_a_gradient_or_not(fmt):
+    """As accelerate and tensor parallelism do it: another forward in place of the class's."""
+    linear = RosaqLinear.from_tensors(random_tensors(fmt), fmt)
+    inner, x = linear.forward, torch.randn(3, linear.in_features)
+    linear.forward = lambda x: 2 * inner(x)
+    want = linear(x)
+    leaf = x.clone().requires_grad_()
+    assert torch.equal(linear(leaf), want)
+    (gradient,) = torch.autograd.grad(linear(leaf).sum(), leaf)
+    assert_close_in(gradient, 2 * linear.dequantize().double().sum(0).expand(3, -1), torch.float32)
+
+
+def test_a_functional_call_computes_with_the_tensors_that_it_is_given(fmt):
+    one, other = (RosaqLinear.from_tensors(random_tensors(fmt, seed=seed), fmt) for seed in (0, 1))
+    x = torch.randn(3, one.in_features)
+    want, own = other(x), one(x)
+    assert torch.equal(torch.func.functional_call(one, other.state_dict(), x), want)
+    assert torch.equal(one(x), own)
+    assert one.qweight is None
+
+
+def test_a_weight_that_is_away_is_no_weight(fmt):
+    linear = RosaqLinear(128, 24, fmt, device="meta")
+    with pytest.raises(ValueError, match="qweight: got a tensor on the meta device, need it here"):
+        linear.dequantize()
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([1, 2], r"salient_index: got \[1, 2\], need an int64 tensor"),
+        (torch.tensor([1, 500]), r"Linear.salient_index: got 2 different channels from 1 to 500, need 2 in \[0, 128\)"),
+        (torch.tensor([-1, 4]), "got 2 different channels from -1 to 4"),
+        (torch.tensor([7, 7]), "got 1 different channels"),
+        (torch.tensor([1.0]), "need an int64 tensor"),
+    ],
+)
+def test_channels_that_are_none_are_refused(index, message):
+    with pytest.raises(ValueError, match=message):
+        RosaqLinear.from_linear(nn.Linear(128, 24), None, QuantSpec(method="rtn"), salient_index=index)
+
+
 @pytest.mark.parametrize("packed_first", [True, False])
 def test_first_call_packs_and_compiles_whole(packed_first):
     fmt = FORMATS["int3-index"]

@@ -72,7 +72,7 @@ def test_leading_axes_of_a_flat_spectrum_are_orthonormal_and_hold_their_energy()
 def test_pca_random_tail_keeps_principal_axes_and_mixes_the_rest():
     gram = spiky_gram(32)
     values, axes = principal_axes(gram)
-    r = pca_random_tail(gram, 4, generator())
+    r = pca_random_tail(axes, 4, generator())
     assert_tight(r.T @ r, eye(32))
     assert torch.equal(r[:, :4], axes[:, :4])
     turned = r.T @ gram @ r

@@ -222,7 +222,7 @@ def test_moments_follow_the_stream_into_the_basis_that_the_budget_leaves(dense, 
     recipe = make_recipe("rosaq-gptq", group_size=32, preset="fast", target_bits=4.6)
     recipe = replace(recipe, rows=RowSpec(parts=4, sequences=5))
     source = DenseModel(dense)
-    ids = calibration_windows(source, TEXT, SMALL["spec"])
+    ids = calibration_windows(source, recipe, TEXT, SMALL["spec"])
 
     def run_in(name):
         work = Workspace(tmp_path / name, {}, torch.device("cpu"), force=False, resume=False)

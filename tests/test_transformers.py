@@ -193,6 +193,23 @@ def test_disk_offload_computes_the_same(salient_checkpoint, tmp_path):
     )
     for _ in range(2):
         assert torch.equal(logits_of(offloaded), logits_of(whole))
+    slopes = []
+    for model in (whole, offloaded):
+        leaf = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        slopes += torch.autograd.grad(model(inputs_embeds=leaf).logits.square().sum(), leaf)
+    assert torch.equal(*slopes)
+    with pytest.raises(ValueError, match=r"layers\.1\..*: got a model with offloaded tensors to dequantise"):
+        offloaded.dequantize()
+
+
+@pytest.mark.parametrize("path", ["../{name}", "more/../../{name}", "./../{name}/."])
+def test_a_path_of_the_users_own_may_lead_out_and_in_again(path, salient_checkpoint, monkeypatch):
+    here = salient_checkpoint.parent / "here"
+    (here / "more").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    want = logits_of(AutoModelForCausalLM.from_pretrained(salient_checkpoint, dtype=torch.float32))
+    got = AutoModelForCausalLM.from_pretrained(path.format(name=salient_checkpoint.name), dtype=torch.float32)
+    assert torch.equal(logits_of(got), want)
 
 
 def test_codes_that_offloading_has_changed_are_an_error():
@@ -271,6 +288,7 @@ def test_index_may_not_leave_the_directory(salient_checkpoint):
     ("changes", "message"),
     [
         ({"version": 3}, "version: got 3"),
+        ({"version": None}, r"version: got none, .* give quantization_config=RosaqConfig"),
         ({"bits": 5}, "bits: got 5"),
         ({"colour": 1}, "unknown keys"),
         ({"bits": 4}, "got codes of 3 bits, need 4 by config.json"),

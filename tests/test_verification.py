@@ -167,6 +167,15 @@ def test_results_that_are_no_number_fail(checkpoint, monkeypatch):
     assert len(seen) > 1
 
 
+def test_what_the_process_computes_with_is_no_fault_of_the_checkpoint(checkpoint):
+    rosaq.set_cpu_precision("int8")
+    try:
+        assert verify(checkpoint, sample=14).is_sound
+        assert rosaq._C.cpu_precision() == "int8"
+    finally:
+        rosaq.set_cpu_precision("exact")
+
+
 def test_bad_requests_are_refused(tmp_path, checkpoint):
     with pytest.raises(FileNotFoundError, match="directory: got .*none.*, need a model directory or a hub name"):
         verify(tmp_path / "none")

@@ -5,6 +5,7 @@ damaged, missing or outside the directory are refused with the file's name and t
 ever unpickled.
 """
 
+from rosaq.checkpoint.companions import LAYERS_FILE, copy_companions
 from rosaq.checkpoint.hashes import HASHES_FILE, file_hash, read_hashes, write_hashes
 from rosaq.checkpoint.hub import model_directory
 from rosaq.checkpoint.measure import (
@@ -23,11 +24,13 @@ from rosaq.checkpoint.writer import write_shards
 __all__ = [
     "HASHES_FILE",
     "INDEX_FILE",
+    "LAYERS_FILE",
     "SINGLE_FILE",
     "WeightReader",
     "bits_by_tensor",
     "bits_per_weight",
     "check_output",
+    "copy_companions",
     "file_hash",
     "is_in_block",
     "linear_bytes",

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from rosaq.checkpoint.hashes import HASHES_FILE
 
-# Never pickles, and never the same weights in a second format.
+# Never pickles, and never the same weights in a second form (Mistral's own, or a folder's for other runtimes).
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", HASHES_FILE]
+_NOT_FILES = ["consolidated*", "*/*.safetensors", "*/*.json"]
 
 
 def model_directory(model: str | Path, argument: str = "model") -> Path:
@@ -25,7 +26,7 @@ def model_directory(model: str | Path, argument: str = "model") -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES))
+        return Path(snapshot_download(name, allow_patterns=_FILES, ignore_patterns=_NOT_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{argument}: got {name!r}, which is no directory here and could not be downloaded "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from rosaq.checkpoint import (
     WeightReader,
+    copy_companions,
     linear_sizes,
     model_directory,
     new_directory,
@@ -34,10 +34,8 @@ from rosaq.experts import name_on_disk, replace_fused
 TARGETS = {"dense": dense, "compressed-tensors": compressed}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Progress = Callable[[int, int], None]
-_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
 # Where AutoGPTQ and AutoAWQ wrote their settings before they wrote them into config.json.
 _SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-_NOT_COPIED = ("config.json", "model.safetensors.index.json", "rosaq_layers.json", *_SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -145,10 +143,7 @@ def _write(
     job: _Job, directory: Path, tensors: Iterator[tuple[str, Tensor]], config: Callable[[], dict[str, Any]]
 ) -> None:
     write_shards(directory, tensors)
-    for pattern in _COPIED:
-        for path in job.source.glob(pattern):
-            if path.name not in _NOT_COPIED:
-                shutil.copy(path, directory / path.name)
+    copy_companions(job.source, directory, without=_SETTINGS)
     (directory / "config.json").write_text(json.dumps(config(), indent=2) + "\n", encoding="utf-8")
     write_hashes(directory)
 

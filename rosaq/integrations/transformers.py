@@ -195,6 +195,11 @@ class RosaqHfQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, module in list(model.named_modules()):
             if isinstance(module, RosaqLinear):
+                if module.is_offloaded:
+                    raise ValueError(
+                        f"{name}: got a model with offloaded tensors to dequantise, need all of it in memory (without "
+                        "'cpu' or 'disk' in device_map), or `rosaq convert OUT -o DENSE --to dense`"
+                    )
                 model.set_submodule(name, dense_linear(module, dtype or torch.float32))
         return model
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from rosaq.checkpoint import INDEX_FILE, SINGLE_FILE, WeightReader, is_in_block, linear_sizes
+from rosaq.checkpoint import INDEX_FILE, SINGLE_FILE, WeightReader, is_in_block, linear_sizes, read_json
 from rosaq.config import CheckpointConfig
 from rosaq.experts import name_on_disk
 from rosaq.linear import RosaqLinear
@@ -36,13 +36,23 @@ def check_files(checkpoint_files: list[str] | None, config: CheckpointConfig) ->
     if pickles:
         raise ValueError(f"{pickles[0]}: got a file that is not safetensors, need safetensors: nothing is unpickled")
     directory = Path(checkpoint_files[0]).parent
-    outside = [path for path in checkpoint_files if ".." in Path(path).parts or Path(path).parent != directory]
+    outside = [path for path in checkpoint_files if Path(path).parent != directory or _is_led_out(Path(path))]
     if outside:
         raise ValueError(f"{INDEX_FILE}: got file {outside[0]}, need plain file names inside one directory")
     # Files under other names (a `variant`) are left to transformers and to the checks after loading.
     if any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
         return linear_sizes(config, WeightReader(directory))
     return None
+
+
+def _is_led_out(path: Path) -> bool:
+    """True where the index of a directory further up has `path`: a ".." in it is the checkpoint's, not the user's."""
+    for directory in path.parents[1:]:
+        if (directory / INDEX_FILE).is_file():
+            files = read_json(directory / INDEX_FILE).get("weight_map") or {}
+            if any(directory / name == path for name in files.values()):
+                return True
+    return False
 
 
 def check_placed(model: nn.Module, held: Collection[str], placed: Collection[str]) -> None:

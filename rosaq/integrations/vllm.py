@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 
 from rosaq.checkpoint import WeightReader, linear_sizes
 from rosaq.config import QUANT_METHOD, CheckpointConfig
@@ -37,7 +38,8 @@ class RosaqVllmConfig(QuantizationConfig):  # type: ignore[misc]
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.float16, torch.bfloat16, torch.float32]
+        narrow = [torch.float16, torch.bfloat16]
+        return narrow if current_platform.is_cuda_alike() else [*narrow, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:

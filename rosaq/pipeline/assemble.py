@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rosaq.checkpoint import write_hashes, write_shards
+from rosaq.checkpoint import LAYERS_FILE, copy_companions, write_hashes, write_shards
 from rosaq.config import CheckpointConfig, LinearFormat
 from rosaq.models import Family, config_key
 from rosaq.pipeline.head import HEAD_STEP, final_gain, head_rows
@@ -23,10 +22,6 @@ from rosaq.pipeline.whole_model import finished_block
 from rosaq.pipeline.workspace import Workspace
 from rosaq.rotation import rotate_rows
 from rosaq.sharding import Cut, allowed_sizes
-
-LAYERS_FILE = "rosaq_layers.json"
-_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
-_NOT_COPIED = ("config.json", "model.safetensors.index.json", LAYERS_FILE)
 
 
 @dataclass(frozen=True)
@@ -46,10 +41,7 @@ def write_checkpoint(model: DenseModel, plan: Plan, report: Report, work: Worksp
     """Write weights, config, tokenizer files and the per-layer report into the workspace's final directory."""
     final = work.final_directory()
     write_shards(final, _tensors(model, plan, work))
-    for pattern in _COPIED:
-        for path in model.directory.glob(pattern):
-            if path.name not in _NOT_COPIED:
-                shutil.copy(path, final / path.name)
+    copy_companions(model.directory, final)
     _write_json(final / "config.json", _config(model, plan))
     layers: dict[str, Any] = {
         "recipe": asdict(plan.recipe),
@@ -133,4 +125,4 @@ def shared_formats(
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from rosaq.specs import Recipe
 
 @dataclass(frozen=True)
 class Plan:
-    """Recipe, rotations, and the width and number of directions of every site of every block."""
+    """Recipe, rotations, and the width, directions and groups of every site of every block."""
 
     model: BlockModel
     recipe: Recipe
@@ -38,10 +38,11 @@ class Plan:
         if not self.recipe.quantizes_head:
             return None
         recipe, site = self.recipe, self.model.family.head_site
-        count = recipe.salient.count_at(site.reads)
+        count = recipe.most_salient_at(site.reads)
         if not recipe.budget.is_fixed:  # what no block keeps is mixed, and is no principal axis any more
             count = min(count, self.num_kept_axes)
-        return SitePlan(site, recipe, SiteChoice(recipe.head_bits, count), self.rotations.online.get(site.name))
+        choice = SiteChoice(recipe.head_bits, count, recipe.quant.group_size)
+        return SitePlan(site, recipe, choice, self.rotations.online.get(site.name))
 
     @property
     def num_kept_axes(self) -> int:

@@ -19,8 +19,10 @@ from rosaq.pipeline.assemble import Report, write_checkpoint
 from rosaq.pipeline.request import (
     calibration_windows,
     check_formats,
+    check_target,
     fit_to_family,
     request_of,
+    tell_cpu_only,
     tell_dense_rotations,
     tell_untied_head,
 )
@@ -32,7 +34,6 @@ from rosaq.recipes import (
     DEFAULT_RECIPE,
     make_recipe,
     preset_of,
-    with_groups_for_target,
 )
 from rosaq.specs import CalibrationSpec, Recipe
 
@@ -147,12 +148,12 @@ def quantize(
     check_output(output, force=force, source=directory)
     dense = DenseModel(directory, bf16=spec.bf16, device=place)
     chosen = fit_to_family(chosen, dense.blocks.family)
-    if group_size is None and isinstance(recipe, str):
-        chosen = with_groups_for_target(chosen, {k for k, _ in dense.blocks.linear_sizes().values()})
     check_formats(dense.blocks, chosen)
+    check_target(dense.blocks, chosen)
+    tell_cpu_only(chosen)
     tell_dense_rotations(dense.blocks, chosen)
     tell_untied_head(dense, chosen)
-    input_ids = calibration_windows(dense, calibration, spec)
+    input_ids = calibration_windows(dense, chosen, calibration, spec)
     work = Workspace(output, request_of(dense, chosen, spec, input_ids), place, force=force, resume=resume)
 
     def report(stage: str, block: int, error_db: float | None = None, total: int | None = None) -> None:
@@ -166,8 +167,8 @@ def quantize(
         run.measure_predictions()
         run.settle_rotations()
         run.quantize_blocks()
-        run.tune_model()
         error = run.check_logits()
+        run.tune_model()
         run.quantize_head()
         if is_first_rank():
             write_checkpoint(dense, run.plan, Report(run.reports, run.blocks, error, run.divergence), work)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +15,11 @@ from torch import Tensor
 
 import rosaq
 from rosaq.calibrate import BlockModel, num_ranks
-from rosaq.config import LinearFormat
+from rosaq.config import GROUP_SIZES, LinearFormat
 from rosaq.models import Family
 from rosaq.pipeline.block import formats
-from rosaq.pipeline.budget import same_everywhere, stored_bits
+from rosaq.pipeline.budget import SiteChoice, check_in_reach, grids_of, same_everywhere, stored_bits
+from rosaq.pipeline.rotations import online_blocks
 from rosaq.pipeline.source import DenseModel
 from rosaq.rotation import BlockRotations
 from rosaq.specs import CalibrationSpec, Recipe
@@ -65,6 +67,27 @@ def check_formats(model: BlockModel, recipe: Recipe) -> None:
         LinearFormat(recipe.head_bits, quant.group_size, quant.symmetric, count).check_sizes(k, n, model.family.head)
 
 
+def check_target(model: BlockModel, recipe: Recipe) -> None:
+    """Refuse a target of bits that no choice of widths, directions and groups meets, before any work."""
+    budget, sizes = recipe.budget, model.linear_sizes()
+    if budget.target_bits is None:
+        return
+    rotations = BlockRotations(online=online_blocks(model, recipe))
+
+    def average(choices: dict[str, SiteChoice]) -> float:
+        fmts = formats(recipe, model, rotations, choices)
+        weights = sum(k * n for k, n in sizes.values())
+        return sum(stored_bits(fmts[name], *size) for name, size in sizes.items()) / weights
+
+    least, most = {}, {}
+    for site in model.family.sites:
+        k, _ = sizes[site.linears[0]]
+        grids, kept = grids_of(recipe, k), min(recipe.most_salient_at(site.reads), k // 4)
+        least[site.name] = SiteChoice(min(budget.widths), 0, recipe.quant.group_size)
+        most[site.name] = SiteChoice(max(budget.widths), kept, grids[-1][1])
+    check_in_reach(budget.target_bits, average(least), average(most))
+
+
 def tell_dense_rotations(model: BlockModel, recipe: Recipe) -> None:
     """Warn of what dense online rotations cost, where the recipe makes any."""
     if not recipe.rotation.any_dense:
@@ -83,6 +106,18 @@ def tell_dense_rotations(model: BlockModel, recipe: Recipe) -> None:
     )
 
 
+def tell_cpu_only(recipe: Recipe) -> None:
+    """Warn of groups that no CUDA kernel takes."""
+    size = recipe.quant.group_size
+    if size not in (-1, *GROUP_SIZES):
+        warnings.warn(
+            f"group_size: got {size}, which runs on a CPU only (or densely, by `rosaq convert`); need one of "
+            f"{GROUP_SIZES} or -1 (whole rows) for a GPU",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def tell_untied_head(dense: DenseModel, recipe: Recipe) -> None:
     """Warn where codes for the head make the checkpoint larger: it was the embedding, which stays in 16 bits."""
     if recipe.quantizes_head and dense.is_tied and not recipe.rotation.folds_residual:
@@ -96,22 +131,26 @@ def tell_untied_head(dense: DenseModel, recipe: Recipe) -> None:
         )
 
 
-def calibration_windows(dense: DenseModel, calibration: str | Path | list[str] | None, spec: CalibrationSpec) -> Tensor:
+def calibration_windows(
+    dense: DenseModel, recipe: Recipe, calibration: str | Path | list[str] | None, spec: CalibrationSpec
+) -> Tensor:
     """The windows of the file or documents `calibration` (None: built-in prose), int64 [num_sequences * expansion,
-    length]. A warning where they overlap for want of text; ValueError where there is less than one window of it, or
-    windows are longer than the model reads."""
+    length]; none for a recipe that neither looks at tokens nor rotates. A warning where they overlap for want of text;
+    ValueError where there is less than one window of it, or windows are longer than the model reads."""
     from transformers import AutoTokenizer
 
     if spec.num_sequences is None:
         raise ValueError("num_sequences: got None, need a number: `rosaq.quantize` takes the preset's")
+    if isinstance(calibration, str | Path):
+        calibration = read_text(calibration)
+    if not recipe.needs_tokens and recipe.rotation.is_identity:
+        return torch.empty(0, spec.sequence_length, dtype=torch.int64)
     limit = getattr(dense.blocks.config, "max_position_embeddings", None)
     if limit is not None and spec.sequence_length > limit:
         raise ValueError(
             f"sequence_length: got {spec.sequence_length}, need at most {limit}, the positions this model knows"
         )
     tokenizer = AutoTokenizer.from_pretrained(dense.directory)
-    if isinstance(calibration, str | Path):
-        calibration = read_text(calibration)
     documents = builtin_text("calibration") if calibration is None else calibration
     ids = token_windows(tokenizer, documents, spec.num_sequences, spec.sequence_length, spec.seed)
     if spec.sequence_length > 1 and not (ids != ids[:, :1]).any():
@@ -133,7 +172,11 @@ def request_of(dense: DenseModel, recipe: Recipe, spec: CalibrationSpec, input_i
         "recipe": asdict(recipe),
         "calibration": asdict(spec),
         "device": dense.device.type,
-        "versions": {"rosaq": rosaq.__version__, "torch": str(torch.__version__)},
+        "versions": {  # attention and norms are transformers' own code
+            "rosaq": rosaq.__version__,
+            "torch": str(torch.__version__),
+            "transformers": version("transformers"),
+        },
         "threads": torch.get_num_threads(),  # sums are in another order with others
         "products": "bfloat16" if dense.passes.is_bf16 else "float32",
         "ranks": num_ranks(),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rosaq.calibrate import Gram, Tokens, mean_over_ranks, naming, token_importance
+from rosaq.calibrate import BlockModel, Gram, Tokens, mean_over_ranks, naming, token_importance
 from rosaq.pipeline.memory import release_freed_memory
 from rosaq.pipeline.source import DenseModel
 from rosaq.rotation import (
@@ -113,13 +113,14 @@ def choose_rotations(
     elif "pca" in spec.residual:
         assert grams is not None
         eigenvalues, axes = principal_axes(grams.residual)
-        without = None if grams.calm is None else principal_axes(grams.calm)[0]
+        without = None if grams.calm is None else torch.linalg.eigvalsh(grams.calm).flip(0)
         spectrum = Spectrum(eigenvalues, without, grams.sink_share)
         num_principal = recipe.most_salient_at("residual")
         if not recipe.budget.is_fixed:
             num_principal = min(num_principal, sizes.hidden // 4)
-        tail = pca_random_tail(grams.residual, num_principal, generator_for(seed, "residual"))
-        residual = axes if spec.residual == "pca" else tail
+        residual = axes
+        if spec.residual != "pca":
+            residual = pca_random_tail(axes, num_principal, generator_for(seed, "residual"))
     if spec.values in ("random", "fitted"):  # what is fitted starts from there
         heads = range(sizes.num_blocks * sizes.num_kv_heads)
         drawn = [random_orthogonal(sizes.head_dim, generator_for(seed, f"values.{head}")) for head in heads]
@@ -127,7 +128,7 @@ def choose_rotations(
     elif spec.values == "pca":
         assert grams is not None
         values = [torch.stack([principal_axes(gram)[1] for gram in block]) for block in grams.values]
-    return Rotations(residual, values, _online_blocks(model, recipe), spectrum=spectrum).to(model.device)
+    return Rotations(residual, values, online_blocks(model.blocks, recipe), spectrum=spectrum).to(model.device)
 
 
 def mix_unkept(rotations: Rotations, num_kept: int, seed: int) -> Rotations:
@@ -142,15 +143,15 @@ def mix_unkept(rotations: Rotations, num_kept: int, seed: int) -> Rotations:
     return replace(rotations, residual=torch.cat([kept, mixed], dim=1))
 
 
-def _online_blocks(model: DenseModel, recipe: Recipe) -> dict[str, Tensor]:
+def online_blocks(model: BlockModel, recipe: Recipe) -> dict[str, Tensor]:
     """{site name: Hadamard block [1, b, b]} where the recipe rotates inputs online. The linears of a site share theirs,
     so the one with the fewest rows decides what it may cost."""
     wanted = {"residual": recipe.rotation.residual, "hidden": recipe.rotation.mlp_out}
-    sizes, sites = model.blocks.linear_sizes(), model.blocks.family.sites
+    sizes, sites = model.linear_sizes(), model.family.sites
     if recipe.quantizes_head:
         sizes, sites = (
-            sizes | {model.blocks.family.head: model.blocks.head_size()},
-            (*sites, model.blocks.family.head_site),
+            sizes | {model.family.head: model.head_size()},
+            (*sites, model.family.head_site),
         )
     result = {}
     for site in sites:

@@ -283,8 +283,9 @@ class Run:
         return final_gain(self._dense, self.rotations), head_rows(self._dense, self.rotations)
 
     def _embed(self, input_ids: Tensor, residual: Tensor | None) -> Tensor:
-        rows = self._dense.get(self._dense.embedding_name)
-        return self._dense.blocks.embed(rows if residual is None else rotate_rows(rows, residual), input_ids)
+        tokens, places = input_ids.unique(return_inverse=True)  # a text has a part of the vocabulary
+        rows = self._dense.get_rows(self._dense.embedding_name, tokens)
+        return self._dense.blocks.embed(rows if residual is None else rotate_rows(rows, residual), places)
 
     def _counts(self) -> list[Tensor]:
         """How often each calibration token occurs, in the batches of the stream."""

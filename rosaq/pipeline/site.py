@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,13 +24,14 @@ from rosaq.quantizers import (
 from rosaq.specs import Recipe
 
 Tensors = dict[str, Tensor]
+_MOST_RATIO = 1e30
 SHARED = ("salient_index", "salient_basis", "rotation")  # act on the site's input; all other tensors have a row a row
 
 
 @dataclass(frozen=True)
 class LinearReport:
     """One quantised linear. sqnr_db: signal to quantisation noise of its output on the calibration tokens, in dB
-    (of its weights where `measured_on` is "weights": a recipe without calibration)."""
+    (of its weights where `measured_on` is "weights": a recipe without calibration); 300 where nothing is lost."""
 
     name: str
     bits: int
@@ -44,7 +46,7 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """How one site is quantised: by `recipe`, with the width and the number of directions of `choice`. rotation
+    """How one site is quantised: by `recipe`, with the width, directions and groups of `choice`. rotation
     [B, b, b] float16: made online at its input, None where the recipe makes none there."""
 
     site: Site
@@ -64,9 +66,9 @@ class SitePlan:
 
     def format(self, in_features: int) -> LinearFormat:
         """What each of its linears stores."""
-        quant = self.recipe.quant
+        quant, choice = self.recipe.quant, self.choice
         kind: SalientKind = "basis" if self.is_basis else "index"
-        fmt = LinearFormat(self.choice.bits, quant.group_size, quant.symmetric, self.choice.num_salient, kind)
+        fmt = LinearFormat(choice.bits, choice.group_size, quant.symmetric, choice.num_salient, kind)
         if self.rotation is not None:
             return replace(fmt, rotation_blocks=self.rotation.shape[0], rotation_size=self.rotation.shape[1])
         return replace(fmt, rotation_blocks=1, rotation_size=in_features) if self.is_in_axes else fmt
@@ -78,7 +80,8 @@ class SitePlan:
 
         Raises ValueError (NotPositiveDefiniteError with `name`) as the quantisers do.
         """
-        count, quant = self.choice.num_salient, replace(self.recipe.quant, bits=self.choice.bits)
+        choice, count = self.choice, self.choice.num_salient
+        quant = replace(self.recipe.quant, bits=choice.bits, group_size=choice.group_size)
         try:
             if self.is_in_axes:
                 assert gram is not None
@@ -106,13 +109,14 @@ class SitePlan:
         self, name: str, tensors: Tensors, num_weights: int, energies: Tensor, gram: Tensor | None
     ) -> LinearReport:
         """What `tensors` store of a linear with so many weights, and their `energies` over all of its rows."""
-        signal, noise = energies
+        signal, noise = energies.tolist()
+        ratio = signal / noise if noise else math.inf  # a linear of zeros is stored as it is, too
         return LinearReport(
             name=name,
             bits=self.choice.bits,
             num_salient=self.choice.num_salient,
             bits_per_weight=8 * sum(t.nbytes for t in tensors.values()) / num_weights,
-            sqnr_db=float(10 * torch.log10(signal / noise.clamp_min(1e-300))),
+            sqnr_db=10 * math.log10(min(max(ratio, 1 / _MOST_RATIO), _MOST_RATIO)),
             measured_on="weights" if gram is None else "outputs",
         )
 

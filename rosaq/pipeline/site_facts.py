@@ -10,7 +10,7 @@ from torch import Tensor
 from rosaq.calibrate import BlockModel, Gram, SiteGradients, Tokens, naming
 from rosaq.models import Site
 from rosaq.pipeline.block import formats
-from rosaq.pipeline.budget import SiteChoice, SiteFacts, spectrum_of, squared_steps
+from rosaq.pipeline.budget import SiteChoice, SiteFacts, grids_of, spectrum_of, squared_steps
 from rosaq.pipeline.rotations import Rotations
 from rosaq.pipeline.site import salient_order
 from rosaq.rotation import rotate_blocks
@@ -55,6 +55,10 @@ class SiteMeter:
         found = {name: self._of_rows.get(name, torch.zeros(n)) for name, (_, n) in sizes.items()}
         return {name: (squares / num_tokens).bfloat16() for name, squares in found.items()}
 
+    def _like_noise(self, site: Site) -> Tensor:
+        k, _ = self._model.linear_sizes()[site.linears[0]]
+        return torch.eye(k, dtype=torch.float64, device=self._model.device)
+
     def facts(self, weights: Tensors, num_tokens: int) -> dict[str, SiteFacts]:
         """{stage: its facts} of the block with `weights`, folded and rotated; num_tokens: that went through it."""
         result = {}
@@ -62,8 +66,9 @@ class SiteMeter:
             sites, sensitivity = list(group), self._costs[stage] / num_tokens
             if self._recipe.rows.is_at(stage) and self._model.family.value in sites[0].linears:
                 sensitivity *= LEFT_BY_ROWS
-            gram = self._grams[stage].mean()
             with naming(self._model.family.block_prefix(self._index) + sites[0].linears[0]):
+                # errors that reach no prediction (a block that adds nothing) tell nothing of the tokens
+                gram = self._grams[stage].mean() if sensitivity else self._like_noise(sites[0])
                 result[stage] = _facts(
                     sites, self._model, self._recipe, self._rotations, self._index, weights, gram, sensitivity
                 )
@@ -91,13 +96,13 @@ def _facts(
         recipe,
         model,
         rotations.of_block(index),
-        {s.name: SiteChoice(recipe.quant.bits, 1) for s in model.family.sites},
+        {s.name: SiteChoice(recipe.quant.bits, 1, recipe.quant.group_size) for s in model.family.sites},
     )
     return SiteFacts(
         sizes=tuple((w.shape[1], w.shape[0]) for w in own),
         base=base[site.linears[0]],
         sensitivity=sensitivity,
-        squared_step=squared_steps(own, recipe.quant, recipe.budget.widths),
+        squared_step=squared_steps(own, grids_of(recipe, len(gram)), recipe.quant.symmetric),
         kept=kept,
         log_rest=log_rest,
         energy=energy,

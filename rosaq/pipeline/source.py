@@ -79,6 +79,19 @@ class DenseModel:
             raise ValueError(f"weights: {name}: got NaN or Inf, need finite numbers")
         return tensor
 
+    def get_rows(self, name: str, index: Tensor) -> Tensor:
+        """Rows `index` (ascending int64) of a matrix, float32, with a part of it in memory at a time; as `get`
+        otherwise."""
+        borders = range(0, int(index[-1]) + 1, _ROWS_AT_ONCE)
+        parts = index.split(torch.bincount(index // _ROWS_AT_ONCE, minlength=len(borders)).tolist())
+        return torch.cat(
+            [
+                self.get(name, slice(start, start + _ROWS_AT_ONCE))[part - start]
+                for start, part in zip(borders, parts, strict=True)
+                if len(part)
+            ]
+        )
+
     def _place(self, name: str) -> tuple[str, int | None, int | None] | None:
         """(name on disk, expert, which half of its rows) of the tensor that the model calls `name`; None: not there."""
         for on_disk in (name, name_on_disk(name, self.blocks.config.model_type)):

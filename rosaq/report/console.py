@@ -8,6 +8,6 @@ _LEAST = 120  # characters; rich cuts off what does not fit into what it believe
 
 
 def wide_console() -> Console:
-    """A console on stdout of at least so many characters a line."""
-    console = Console()
-    return console if console.width >= _LEAST else Console(width=_LEAST)
+    """A console on stdout of at least so many characters a line, to which [a] is no markup: paths have brackets."""
+    console = Console(markup=False)
+    return console if console.width >= _LEAST else Console(width=_LEAST, markup=False)

@@ -6,9 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from rosaq.checkpoint import WeightReader, linear_bytes, linear_sizes, read_config, read_json
-
-LAYERS_FILE = "rosaq_layers.json"
+from rosaq.checkpoint import LAYERS_FILE, WeightReader, linear_bytes, linear_sizes, read_config, read_json
 
 
 def read_layers(directory: str | Path) -> list[dict[str, Any]]:

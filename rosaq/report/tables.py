@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from rosaq.config import CheckpointConfig, LinearFormat
@@ -243,5 +242,5 @@ def verify_table(checks: Iterable[Mapping[str, str]]) -> Table:
     for column in ("check", "", "what was found"):
         table.add_column(column, overflow="fold")
     for check in checks:
-        table.add_row(check["name"], check["status"], escape(check["detail"]))
+        table.add_row(check["name"], check["status"], check["detail"])
     return table

@@ -64,13 +64,12 @@ def _signed(axes: Tensor) -> Tensor:
     return axes.mul_(torch.sign(axes[largest, torch.arange(axes.shape[1], device=axes.device)]))
 
 
-def pca_random_tail(gram: Tensor, num_principal: int, generator: torch.Generator) -> Tensor:
-    """R = [U_r | U_rest · random] [k, k] float64: r principal axes first, an incoherent basis of the rest.
+def pca_random_tail(axes: Tensor, num_principal: int, generator: torch.Generator) -> Tensor:
+    """R = [U_r | U_rest · random] [k, k] float64 of principal axes U: the first r, an incoherent basis of the rest.
 
     The tail is mixed so that GPTQ's error feedback has correlations to use: in exact principal axes the second
     moments are diagonal and GPTQ is round to nearest.
     """
-    _, axes = principal_axes(gram)
     tail = axes[:, num_principal:]
     mixed = tail @ random_orthogonal(tail.shape[1], generator).to(tail.device)
     return torch.cat([axes[:, :num_principal], mixed], dim=1)

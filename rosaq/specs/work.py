@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rosaq.config import SUPPORTED_BITS, check_bits
+from rosaq.config import GROUP_SIZES, SUPPORTED_BITS, check_bits
 
 STRATEGIES = ("uniform", "attention", "norm", "change", "distance", "rarity", "chunks")
 
@@ -106,6 +106,8 @@ class BudgetSpec:
     energy        directions at a site: the fewest that hold this share of its second moments.
     most          directions at one site at most; 0 for none, under a target.
     widths        of the codes that a target may choose from.
+    group_sizes   below `QuantSpec.group_size` that a target may give codes of the largest width, where they divide
+                  the channels.
     sequences     of the calibration text that the sites are measured on; more where feedback between rows takes more.
     """
 
@@ -113,6 +115,7 @@ class BudgetSpec:
     energy: float | None = None
     most: int = 16
     widths: tuple[int, ...] = SUPPORTED_BITS
+    group_sizes: tuple[int, ...] = ()
     sequences: int = 8
 
     def __post_init__(self) -> None:
@@ -130,6 +133,8 @@ class BudgetSpec:
             raise ValueError(f"widths: got {self.widths}, need some of {SUPPORTED_BITS}")
         for bits in self.widths:
             check_bits(bits)
+        if not {*self.group_sizes} <= {*GROUP_SIZES}:
+            raise ValueError(f"group_sizes: got {self.group_sizes}, need some of {GROUP_SIZES}")
 
     @property
     def is_fixed(self) -> bool:

@@ -32,7 +32,9 @@ class TunedLinear:
     """
 
     def __init__(self, weight: Tensor | None, stored: Tensors, fmt: LinearFormat) -> None:
-        self._format, self._stored = fmt, stored
+        self._format = fmt
+        # codes that stay are on disk already: kept here too, they would be half as much memory again
+        self._stored = {key: t for key, t in stored.items() if key != "qweight" or weight is not None}
         self._scale = stored["scales"].float()[..., None]
         middle = torch.full_like(self._scale, 2 ** (fmt.bits - 1))
         self._zero = zero_points(stored["zeros"])[..., None] if "zeros" in stored else middle
@@ -114,7 +116,7 @@ class TunedLinear:
 
     @torch.no_grad()
     def stored(self) -> Tensors:
-        """The disk tensors that stand for `weight()`, bit for bit."""
+        """The disk tensors that stand for `weight()`, bit for bit; without the codes where they stay."""
         tensors = dict(self._stored)
         if self.latent is not None:
             codes = self.latent.round().clamp(0, 2**self._format.bits - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rosaq import _C, ops
 from rosaq.checkpoint import WeightReader
 from rosaq.config import LinearFormat
 from rosaq.layout import unpack, zero_points
@@ -71,7 +72,12 @@ def result_error(tensors: dict[str, Tensor], fmt: LinearFormat, in_features: int
     """How far the active kernel is from the float64 reference, relative to the largest result."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(TOKENS, in_features, generator=generator)
-    got = RosaqLinear.from_tensors(tensors, fmt, name=name)(x).double()
+    usual = _C.cpu_precision()
+    ops.set_cpu_precision("exact")  # what int8 activations lose is no fault of the checkpoint
+    try:
+        got = RosaqLinear.from_tensors(tensors, fmt, name=name)(x).double()
+    finally:
+        ops.set_cpu_precision(usual)
     parts = []
     for start in range(0, got.shape[1], _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
