@@ -1,6 +1,7 @@
 """The gradient of a quantised linear with respect to its input, for adapters, prompt tuning and saliency maps.
 
-The op has none, and a sum over other paths would look right without it. Weights stay frozen.
+The op has none, and a sum over other paths would look right without it. Weights stay frozen. Backward only:
+forward mode (`torch.func.jvp`) sees no tangent of a quantised linear, and is not told so by torch.
 """
 
 from __future__ import annotations

@@ -108,6 +108,7 @@ def fused_gemm(
     rotation         [B, b, b] float16 or bfloat16, B = k / b, or B = 1: one block for all k / b.
     bias             [n] float16, bfloat16 or float32.
     out_features, bits, group_size (-1: k), symmetric repeat what was packed; they are checked against the blob.
+    On a GPU x has 16 bits, group_size is 32, 64, 128 or k, and b a multiple of 16.
     The result does not depend on the number of threads; few and many tokens take different paths, equal up to rounding.
     A token with an infinite or NaN channel gives nothing finite. On a GPU, from 129 tokens on, the two products are
     rounded to x's dtype before they are added where there is a basis: either may overflow float16. RuntimeError for

@@ -53,7 +53,8 @@ class ProgressEvent:
 @dataclass(frozen=True)
 class QuantizeResult:
     """What a run made. rotation_error: largest logit difference between the dense and the folded and rotated model,
-    relative to the largest logit (None where nothing was rotated). bytes: all tensors of the checkpoint.
+    relative to the largest logit (None where nothing was rotated; of a mixture, whose blocks are compared one by
+    one, what the last norm and the head add). bytes: all tensors of the checkpoint.
     bits_per_weight: stored for the blocks' linears; bits_by_tensor: what it is the sum of, {"qweight": bits, "scales":
     bits, ...}. head_bits_per_weight: stored for the output head, None where it stays in 16 bits. device: "cpu" or this
     process's GPU, as "cuda:0"; peak_gpu_memory_bytes: what tensors took of it at most, None on the CPU."""
