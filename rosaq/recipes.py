@@ -89,9 +89,9 @@ def make_recipe(
 
     A recipe by name that has a target (rosaq-gptq: 3.45 bits per weight) gives every site the same instead once bits,
     group_size or salient is said: 3 bits in groups of 64, but for what is said. From a target of 4 bits on, codes of 4
-    bits may stand in smaller groups. A recipe of your own keeps its budget:
-    group_size is then that of all codes. ValueError for an unknown name or number, for bits or salient with a budget
-    that chooses them, and for an importance that no second moments would listen to.
+    bits may stand in smaller groups. A recipe of your own keeps its budget: group_size is then that of all codes.
+    ValueError for an unknown name or number, for bits or salient with a budget that chooses them, for a budget without
+    dense moments, and for an importance that no second moments would listen to.
     """
     if isinstance(base, str) and base not in RECIPES:
         raise ValueError(f"recipe: got {base!r}, need one of {', '.join(RECIPES)}")

@@ -194,10 +194,10 @@ def spectrum_of(gram: Tensor, most: int, damping: float, order: Tensor | None) -
 
 
 def grids_of(recipe: Recipe, in_features: int) -> list[tuple[int, int]]:
-    """(bits, group_size) that a site of `in_features` channels may have."""
+    """(bits, group_size) that a site of `in_features` channels may have, the smallest groups last."""
     quant, budget = recipe.quant, recipe.budget
     row = in_features if quant.group_size == -1 else quant.group_size
-    smaller = [size for size in budget.group_sizes if size < row and in_features % size == 0]
+    smaller = [size for size in sorted(budget.group_sizes, reverse=True) if size < row and in_features % size == 0]
     widths = sorted({*budget.widths, quant.bits})
     return [(bits, quant.group_size) for bits in widths] + [(max(budget.widths), size) for size in smaller]
 
