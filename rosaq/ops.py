@@ -65,6 +65,11 @@ def set_cpu_precision(name: str) -> None:
     _C.set_cpu_precision(name)
 
 
+def cpu_precision() -> str:
+    """What `set_cpu_precision` was told last, "exact" or "int8"."""
+    return str(_C.cpu_precision())
+
+
 def prepack(qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
     """Disk layout -> the opaque blob that `fused_gemm` reads.
 

@@ -287,6 +287,7 @@ def plugin(monkeypatch):
         "model_executor.layers.quantization.base_config": ["QuantizationConfig"],
         "model_executor.layers.vocab_parallel_embedding": ["ParallelLMHead"],
         "model_executor.utils": ["set_weight_attrs"],
+        "platforms": ["current_platform"],
     }
     bases = {"LinearBase": (torch.nn.Module,), "ParallelLMHead": (torch.nn.Module,)}
     for module, classes in names.items():

@@ -83,6 +83,7 @@ MAY_IMPORT = {
     "text": set(),
     "verification": {
         "config",
+        "ops",
         "layout",
         "reference",
         "checkpoint",

@@ -200,7 +200,7 @@ def test_what_does_not_go_together_is_refused():
     drawn, room = RotationSpec("random"), BudgetSpec(target_bits=3.5, most=1)
     with pytest.raises(ValueError, match=r"got principal directions at sites that read \['residual'\], which nothing"):
         Recipe("mine", RTN, drawn, SalientSpec(sites=("residual",)), moments="dense", budget=room)
-    with pytest.raises(ValueError, match="budget: got one with moments 'quantised', need 'dense'"):
+    with pytest.raises(ValueError, match="target_bits: got .* whose moments are 'quantised', need 'dense'"):
         make_recipe("rosaq-layer", target_bits=3.5)
 
 

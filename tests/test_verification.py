@@ -171,7 +171,7 @@ def test_what_the_process_computes_with_is_no_fault_of_the_checkpoint(checkpoint
     rosaq.set_cpu_precision("int8")
     try:
         assert verify(checkpoint, sample=14).is_sound
-        assert rosaq._C.cpu_precision() == "int8"
+        assert rosaq.ops.cpu_precision() == "int8"
     finally:
         rosaq.set_cpu_precision("exact")
 

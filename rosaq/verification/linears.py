@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rosaq import _C, ops
+from rosaq import ops
 from rosaq.checkpoint import WeightReader
 from rosaq.config import LinearFormat
 from rosaq.layout import unpack, zero_points
@@ -72,7 +72,7 @@ def result_error(tensors: dict[str, Tensor], fmt: LinearFormat, in_features: int
     """How far the active kernel is from the float64 reference, relative to the largest result."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(TOKENS, in_features, generator=generator)
-    usual = _C.cpu_precision()
+    usual = ops.cpu_precision()
     ops.set_cpu_precision("exact")  # what int8 activations lose is no fault of the checkpoint
     try:
         got = RosaqLinear.from_tensors(tensors, fmt, name=name)(x).double()
