@@ -108,7 +108,7 @@ def stored_bits(fmt: LinearFormat, in_features: int, out_features: int) -> int:
 
 
 def check_in_reach(target_bits: float, least: float, most: float) -> None:
-    """ValueError naming the range where no choice of widths and directions has so many bits per weight."""
+    """ValueError naming the range where no choice of widths, directions and groups has so many bits per weight."""
     if not least <= target_bits <= most:
         raise ValueError(
             f"target_bits: got {target_bits}, need {least:.3f} to {most:.3f} for this model, or bits for one width"
